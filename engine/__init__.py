@@ -1,0 +1,1 @@
+"""The rollout engine: facade, trajectory types, patch ledger, server and command line."""

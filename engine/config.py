@@ -1,0 +1,188 @@
+"""Frozen, validated configuration: one dataclass a concern, checked when it is built.
+
+Nothing here imports torch or vLLM, so that a command line or a launcher can build and reject a
+configuration in milliseconds. What a field means on vLLM's side is decided in `vllm_args.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from longtail.engine.errors import InvalidInputError
+
+CoreMode = Literal["process", "inline"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_MAX_SEED = 2**63 - 1
+
+
+def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        bound = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+        raise InvalidInputError(name, bound, value)
+
+
+def _check_float(name: str, value: object, low: float, high: float | None = None, *, open_low: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if (
+        not number
+        or not math.isfinite(value)  # type: ignore[arg-type]
+        or value < low  # type: ignore[operator]
+        or (open_low and value == low)
+        or (high is not None and value > high)  # type: ignore[operator]
+    ):
+        left = "(" if open_low else "["
+        bound = f"a finite number in {left}{low:g}, {'inf)' if high is None else f'{high:g}]'}"
+        raise InvalidInputError(name, bound, value)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidInputError(name, "one of " + ", ".join(choices), value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How the CPU is used. `None` means that longtail picks, and prints what it picked.
+
+    A field that is set, and an environment variable that the user had set before, always win over the pick.
+
+    Attributes:
+        omp_library: `intel` (libiomp5, comes with the lock), `gnu` (the libgomp that torch carries).
+        omp_threads: compute threads of one engine.
+        block_time_ms: how long an idle OpenMP thread spins before it sleeps (`KMP_BLOCKTIME`).
+        allocator: `tcmalloc` when the system has it, or `system`.
+
+    """
+
+    omp_library: Literal["intel", "gnu"] | None = None
+    omp_threads: int | None = None
+    block_time_ms: int | None = None
+    allocator: Literal["tcmalloc", "system"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.omp_library is not None:
+            _check_choice("runtime.omp_library", self.omp_library, ("intel", "gnu"))
+        if self.omp_threads is not None:
+            _check_int("runtime.omp_threads", self.omp_threads, 1, 1024)
+        if self.block_time_ms is not None:
+            _check_int("runtime.block_time_ms", self.block_time_ms, 0, 3_600_000)
+        if self.allocator is not None:
+            _check_choice("runtime.allocator", self.allocator, ("tcmalloc", "system"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """One engine.
+
+    Attributes:
+        model: a local checkpoint folder, or a name that `longtail model` knows (`smollm2`).
+        dtype: `auto` is float32 on a CPU (bfloat16 falls off a cliff without AVX-512) and the checkpoint's
+            own elsewhere.
+        core: `process` runs the engine core in its own process, `inline` in this one.
+        max_model_len: longest prompt + output in tokens; the checkpoint's own by default.
+        max_num_seqs: how many trajectories run at once.
+        max_num_batched_tokens: tokens of one step; vLLM's choice by default.
+        block_size: tokens of one KV block; vLLM's choice by default (a multiple of 32 on a CPU).
+        kv_cache_gib: KV pool of a CPU engine in GiB.
+        gpu_memory_utilization: share of a GPU's memory; vLLM's default when `None`. Has no effect on a CPU.
+        enable_prefix_caching: share the KV of equal prefixes; groups profit from it.
+        async_scheduling: schedule step t+1 while step t runs; vLLM's own choice by default.
+        enforce_eager: no compilation and no graphs; by default true on a CPU only.
+        load_tokenizer: false for token-in token-out only (no text, chat or stop strings).
+        seed: of the engine; a request's own seed is in `SamplingConfig`.
+        start_timeout_s: bound on the start of the engine.
+        runtime: CPU threads and libraries.
+        vllm_args: further fields of vLLM's `EngineArgs`, by name; may not repeat a field above.
+
+    """
+
+    model: str
+    dtype: Dtype = "auto"
+    core: CoreMode = "process"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    kv_cache_gib: float = 2.0
+    gpu_memory_utilization: float | None = None
+    enable_prefix_caching: bool = True
+    async_scheduling: bool | None = None
+    enforce_eager: bool | None = None
+    load_tokenizer: bool = True
+    seed: int = 0
+    start_timeout_s: float = 600.0
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    vllm_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise InvalidInputError("engine.model", "a checkpoint folder or a known model name", self.model)
+        _check_choice("engine.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _check_choice("engine.core", self.core, ("process", "inline"))
+        for name in ("max_model_len", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) is not None:
+                _check_int(f"engine.{name}", getattr(self, name), 1)
+        _check_int("engine.max_num_seqs", self.max_num_seqs, 1)
+        _check_float("engine.kv_cache_gib", self.kv_cache_gib, 0.0, open_low=True)
+        if self.gpu_memory_utilization is not None:
+            _check_float("engine.gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_low=True)
+        _check_int("engine.seed", self.seed, 0, _MAX_SEED)
+        _check_float("engine.start_timeout_s", self.start_timeout_s, 0.0, open_low=True)
+        own = set(self.__dataclass_fields__) | {"scheduler_cls", "logprobs_mode", "skip_tokenizer_init"}
+        for name in self.vllm_args:
+            if name in own:
+                raise InvalidInputError(f"engine.vllm_args.{name}", "a field that longtail does not set itself", name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How every member of a group is sampled.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: nucleus mass in (0, 1].
+        top_k: 0 keeps the whole vocabulary.
+        max_tokens: output budget of one trajectory in tokens.
+        min_tokens: no stop before this many tokens.
+        stop: strings that end a trajectory; checked inside the engine, so that a round counts them exactly.
+        stop_token_ids: token ids that end a trajectory, besides the model's own end token.
+        ignore_eos: go on past the model's end token.
+        seed: member `i` of group `g` of a round samples with `seed + g * group_size + i`; `None` draws from the
+            engine's stream.
+
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 512
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_float("sampling.temperature", self.temperature, 0.0, 100.0)
+        _check_float("sampling.top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_int("sampling.top_k", self.top_k, 0)
+        _check_int("sampling.max_tokens", self.max_tokens, 1)
+        _check_int("sampling.min_tokens", self.min_tokens, 0, self.max_tokens)
+        for name, kind in (("stop", str), ("stop_token_ids", int)):
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list)):
+                raise InvalidInputError(f"sampling.{name}", f"a list of {kind.__name__}", values)
+            for i, value in enumerate(values):
+                if not isinstance(value, kind) or isinstance(value, bool) or value in ("",):
+                    raise InvalidInputError(f"sampling.{name}[{i}]", f"a non-empty {kind.__name__}", value)
+                if kind is int and value < 0:
+                    raise InvalidInputError(f"sampling.{name}[{i}]", "a token id >= 0", value)
+            object.__setattr__(self, name, tuple(values))
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidInputError("sampling.ignore_eos", "true or false", self.ignore_eos)
+        if self.seed is not None:
+            _check_int("sampling.seed", self.seed, 0, _MAX_SEED)

@@ -1,0 +1,186 @@
+"""The token-exact records that a rollout produces: trajectory, group, round.
+
+Everything is a frozen msgspec struct, so one definition serves the library, the JSONL files, the HTTP
+routes and the wire. A trajectory is token ids; `text` is a convenience and never an input again. Arrays of
+one trajectory have one length by construction: `Trajectory` refuses to exist otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
+
+#: `Trajectory.stop_reason` of a member that the scheduler stopped because its round was complete.
+CUT_STOP_REASON = "rollout_cut"
+
+MODEL_TOKEN = 1
+ENVIRONMENT_TOKEN = 0
+
+
+class VersionSpan(msgspec.Struct, frozen=True):
+    """Output tokens `[start, end)` were sampled under weight `version` (vLLM's `weight_versions`)."""
+
+    version: str
+    start: int
+    end: int
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds since the round was submitted; `None` for a stage that was never reached.
+
+    `first_token_s` and `finished_s` are when the engine core had the token, not when the front end saw it.
+    """
+
+    submitted_s: float
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+
+class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What one trajectory cost, in tokens.
+
+    Attributes:
+        scheduled: tokens that went through the model, prompt and output.
+        recomputed: of those, tokens whose KV had been computed before and was lost (preemption).
+        cached: prompt tokens that the prefix cache served instead.
+        preemptions: how often the request lost its KV.
+
+    """
+
+    scheduled: int = 0
+    recomputed: int = 0
+    cached: int = 0
+    preemptions: int = 0
+
+
+class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
+    """One sample, prompt to end, token by token.
+
+    Attributes:
+        trajectory_id: unique in its engine, `<round>/<group>/<index>`.
+        round_id: the round that it was collected in.
+        group_id: the group (one prompt) that it belongs to.
+        index: its place in the group, 0-based.
+        prompt_token_ids: int token ids, length P.
+        output_token_ids: int token ids, length T (0 when it was cut before its first step).
+        logprobs: float, length T: log-probability of each output token under the distribution that it was
+            sampled from, after temperature and top-p/top-k (the behaviour policy of a PPO ratio).
+        source_mask: int, length T: 1 for a token that the model sampled, 0 for one that the environment
+            appended.
+        weight_versions: half-open spans over the output that cover all T tokens.
+        finish_reason: vLLM's word for why it ended; `abort` for a member of a cut round.
+        stop_reason: the stop string or token id that ended it, or `rollout_cut`.
+        text: the detokenized output, for people.
+        seed: the sampling seed, if one was given.
+        timings: see `Timings`.
+        tokens: see `TokenCounts`.
+        metadata: what the caller attached to the prompt, unchanged.
+
+    Raises:
+        ValueError: the arrays do not have one length, or the versions do not cover the output.
+
+    """
+
+    trajectory_id: str
+    round_id: str
+    group_id: str
+    index: int
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    logprobs: list[float]
+    source_mask: list[int]
+    weight_versions: list[VersionSpan]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    text: str | None = None
+    seed: int | None = None
+    timings: Timings
+    tokens: TokenCounts
+    metadata: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        num_tokens = len(self.output_token_ids)
+        for name in ("logprobs", "source_mask"):
+            if (length := len(getattr(self, name))) != num_tokens:
+                raise ValueError(
+                    f"trajectory {self.trajectory_id}: {name} has length {length}, "
+                    f"output_token_ids has {num_tokens}"
+                )
+        covered = 0
+        for span in self.weight_versions:
+            if span.start != covered or span.end <= span.start:
+                break
+            covered = span.end
+        if covered != num_tokens or (num_tokens == 0 and self.weight_versions):
+            raise ValueError(
+                f"trajectory {self.trajectory_id}: weight_versions {self.weight_versions} do not cover "
+                f"its {num_tokens} output tokens"
+            )
+
+    @property
+    def was_cut(self) -> bool:
+        """The scheduler stopped it because its round had its target."""
+        return self.finish_reason == "abort" and self.stop_reason == CUT_STOP_REASON
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True):
+    """The samples of one prompt, ordered by `index`.
+
+    `complete` is true when every member finished by itself (`stop`, `length` or `repetition`).
+    """
+
+    group_id: str
+    trajectories: list[Trajectory]
+    complete: bool
+    metadata: dict[str, Any] = {}
+
+
+class RoundStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one round cost. Counts are exact; `seconds` is wall time, submit to last final output.
+
+    Attributes:
+        num_submitted_groups: always `num_complete_groups + num_cut_groups + num_failed_groups`.
+        num_cut_groups: groups with at least one member that the scheduler stopped.
+        num_failed_groups: groups with a member that ended as `error` or by the caller's abort, and none cut.
+        num_cut_members: trajectories stopped by the cut, never-scheduled ones included.
+        num_output_tokens: output tokens of all members; `num_kept_tokens` those of complete groups.
+        num_steps: engine steps while the round was open; `idle_slot_steps` sums, over those steps, the batch
+            slots that had been in use at the round's peak and were empty then.
+
+    """
+
+    num_submitted_groups: int
+    num_complete_groups: int
+    num_cut_groups: int
+    num_failed_groups: int
+    num_cut_members: int
+    num_output_tokens: int
+    num_kept_tokens: int
+    num_scheduled_tokens: int
+    num_recomputed_tokens: int
+    num_steps: int
+    idle_slot_steps: int
+    seconds: float
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """One collection of groups for one training step."""
+
+    round_id: str
+    target_groups: int
+    groups: list[Group]
+    stats: RoundStats
+
+    @property
+    def complete_groups(self) -> list[Group]:
+        """The groups that a trainer takes; at least `target_groups` unless too few could complete."""
+        return [group for group in self.groups if group.complete]
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """Every trajectory of the round, by group and index."""
+        return [trajectory for group in self.groups for trajectory in group.trajectories]

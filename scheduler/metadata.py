@@ -1,0 +1,102 @@
+"""Rollout metadata of one request: what travels from the front end to the scheduler, and its one parser.
+
+It rides in `SamplingParams.extra_args["rollout"]` as a dict, or as the same dict in a JSON string, because
+vLLM's OpenAI routes let only flat values through `vllm_xargs`. The front end parses it before a request is
+enqueued, and the scheduler parses it again: an exception inside the scheduler would kill the engine, so what
+comes from the network is never trusted twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from longtail.scheduler.errors import InvalidInputError
+
+EXTRA_ARGS_KEY = "rollout"
+
+MAX_ID_CHARS = 200
+MAX_GROUP_SIZE = 65_536
+MAX_TARGET_GROUPS = 1_048_576
+MAX_JSON_CHARS = 4_096
+
+_JSON_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+
+
+class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The place of one request in a round.
+
+    Attributes:
+        round: id of the round; members with one id are cut together.
+        target_groups: the round is cut when this many groups are complete; every member must say the same.
+        group: id of the group inside the round.
+        group_size: members of the group; every member must say the same.
+        index: place in the group, 0-based, below `group_size`.
+
+    """
+
+    round: str
+    target_groups: int
+    group: str
+    group_size: int = 1
+    index: int = 0
+
+
+def parse_metadata(value: object) -> RolloutMetadata:
+    """Check and convert one metadata value (a dict, or a JSON string of one).
+
+    Raises:
+        InvalidInputError: names the field, what was expected and what came.
+
+    """
+    if isinstance(value, str):
+        if len(value) > MAX_JSON_CHARS:
+            raise InvalidInputError(EXTRA_ARGS_KEY, f"at most {MAX_JSON_CHARS} characters of JSON", value)
+        try:
+            value = msgspec.json.decode(value)
+        except (msgspec.DecodeError, UnicodeError) as error:
+            raise InvalidInputError(EXTRA_ARGS_KEY, f"a JSON object ({error})", value) from error
+    if not isinstance(value, Mapping):
+        raise InvalidInputError(EXTRA_ARGS_KEY, "an object", value)
+    try:
+        metadata = msgspec.convert(dict(value), RolloutMetadata)
+    except msgspec.ValidationError as error:
+        raise _named_error(error, value) from error
+    for name in ("round", "group"):
+        text = getattr(metadata, name)
+        if not 0 < len(text) <= MAX_ID_CHARS:
+            raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", f"1 to {MAX_ID_CHARS} characters", text)
+    for name, high in (("target_groups", MAX_TARGET_GROUPS), ("group_size", MAX_GROUP_SIZE)):
+        number = getattr(metadata, name)
+        if not 1 <= number <= high:
+            raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", f"an integer in [1, {high}]", number)
+    if not 0 <= metadata.index < metadata.group_size:
+        raise InvalidInputError(
+            f"{EXTRA_ARGS_KEY}.index", f"an integer in [0, {metadata.group_size})", metadata.index
+        )
+    return metadata
+
+
+def metadata_of(extra_args: Mapping[str, Any] | None) -> RolloutMetadata | None:
+    """The metadata in a request's `extra_args`, or `None` when it takes part in no round.
+
+    Raises:
+        InvalidInputError: it is there and wrong.
+
+    """
+    if not extra_args or (value := extra_args.get(EXTRA_ARGS_KEY)) is None:
+        return None
+    return parse_metadata(value)
+
+
+def _named_error(error: msgspec.ValidationError, value: Mapping[str, Any]) -> InvalidInputError:
+    """Turn msgspec's message into ours, with the field that it names and the value found there."""
+    message = str(error)
+    match = _JSON_PATH.search(message)
+    path = match["path"] if match else ""
+    expected = message[: match.start()] if match else message
+    field = f"{EXTRA_ARGS_KEY}.{path}" if path else EXTRA_ARGS_KEY
+    return InvalidInputError(field, expected, value.get(path, dict(value)) if path else dict(value))
