@@ -1,1 +1,47 @@
-"""The rollout engine: facade, trajectory types, patch ledger, server and command line."""
+"""The rollout engine: facade, trajectory types, patch ledger, server and command line.
+
+The names below are loaded on first use, so that importing a type costs no vLLM.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longtail.engine.config import EngineConfig, RuntimeConfig, SamplingConfig
+    from longtail.engine.prompts import Prompt
+    from longtail.engine.rollout_engine import AsyncRolloutEngine, RolloutEngine
+    from longtail.engine.trajectory import Group, Round, RoundStats, Trajectory
+
+_HOMES = {
+    "AsyncRolloutEngine": "rollout_engine",
+    "EngineConfig": "config",
+    "Group": "trajectory",
+    "Prompt": "prompts",
+    "RolloutEngine": "rollout_engine",
+    "Round": "trajectory",
+    "RoundStats": "trajectory",
+    "RuntimeConfig": "config",
+    "SamplingConfig": "config",
+    "Trajectory": "trajectory",
+}
+
+__all__ = [
+    "AsyncRolloutEngine",
+    "EngineConfig",
+    "Group",
+    "Prompt",
+    "RolloutEngine",
+    "Round",
+    "RoundStats",
+    "RuntimeConfig",
+    "SamplingConfig",
+    "Trajectory",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -95,6 +95,7 @@ class EngineConfig:
         load_tokenizer: false for token-in token-out only (no text, chat or stop strings).
         seed: of the engine; a request's own seed is in `SamplingConfig`.
         start_timeout_s: bound on the start of the engine.
+        stall_timeout_s: bound on one engine step; a round whose engine makes no step for so long fails.
         runtime: CPU threads and libraries.
         vllm_args: further fields of vLLM's `EngineArgs`, by name; may not repeat a field above.
 
@@ -115,6 +116,7 @@ class EngineConfig:
     load_tokenizer: bool = True
     seed: int = 0
     start_timeout_s: float = 600.0
+    stall_timeout_s: float = 600.0
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     vllm_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -131,7 +133,8 @@ class EngineConfig:
         if self.gpu_memory_utilization is not None:
             _check_float("engine.gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_low=True)
         _check_int("engine.seed", self.seed, 0, _MAX_SEED)
-        _check_float("engine.start_timeout_s", self.start_timeout_s, 0.0, open_low=True)
+        for name in ("start_timeout_s", "stall_timeout_s"):
+            _check_float(f"engine.{name}", getattr(self, name), 0.0, open_low=True)
         own = set(self.__dataclass_fields__) | {"scheduler_cls", "logprobs_mode", "skip_tokenizer_init"}
         for name in self.vllm_args:
             if name in own:

@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
+from longtail.scheduler.metadata import CUT_STOP_REASON
 
-#: `Trajectory.stop_reason` of a member that the scheduler stopped because its round was complete.
-CUT_STOP_REASON = "rollout_cut"
+FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
 MODEL_TOKEN = 1
 ENVIRONMENT_TOKEN = 0
@@ -149,7 +148,7 @@ class RoundStats(msgspec.Struct, frozen=True, kw_only=True):
         num_cut_members: trajectories stopped by the cut, never-scheduled ones included.
         num_output_tokens: output tokens of all members; `num_kept_tokens` those of complete groups.
         num_steps: engine steps while the round was open; `idle_slot_steps` sums, over those steps, the batch
-            slots that had been in use at the round's peak and were empty then.
+            slots that had been in use at the round's peak (`peak_running`) and were empty then.
 
     """
 
@@ -164,6 +163,7 @@ class RoundStats(msgspec.Struct, frozen=True, kw_only=True):
     num_recomputed_tokens: int
     num_steps: int
     idle_slot_steps: int
+    peak_running: int
     seconds: float
 
 

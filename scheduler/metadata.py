@@ -18,6 +18,9 @@ from longtail.scheduler.errors import InvalidInputError
 
 EXTRA_ARGS_KEY = "rollout"
 
+#: Stop reason of a member that the scheduler stopped, or refused, because its round was over.
+CUT_STOP_REASON = "rollout_cut"
+
 MAX_ID_CHARS = 200
 MAX_GROUP_SIZE = 65_536
 MAX_TARGET_GROUPS = 1_048_576
@@ -43,6 +46,39 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     group: str
     group_size: int = 1
     index: int = 0
+
+
+class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler says of one member in its final output, under the same key of `kv_transfer_params`.
+
+    Times are the engine core's monotonic clock, in seconds; only their differences mean anything.
+
+    Attributes:
+        opened_ts: when the round's first member arrived.
+        arrived_ts: when this member arrived; `finished_ts` when it got its final output.
+        scheduled_ts: first step that had it in the batch, `first_token_ts` its first output token; `None` if never.
+        num_scheduled_tokens: tokens of it that went through the model.
+        num_recomputed_tokens: of those, tokens that a preemption had thrown away before.
+        num_cached_tokens: prompt tokens that the prefix cache served at its first admission.
+        num_preemptions: how often it lost its KV.
+
+    """
+
+    opened_ts: float
+    arrived_ts: float
+    finished_ts: float
+    scheduled_ts: float | None = None
+    first_token_ts: float | None = None
+    num_scheduled_tokens: int = 0
+    num_recomputed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+
+
+def report_of(kv_transfer_params: Mapping[str, Any] | None) -> MemberReport | None:
+    """The scheduler's report in a final output, or `None` when the request took part in no round."""
+    value = (kv_transfer_params or {}).get(EXTRA_ARGS_KEY)
+    return None if value is None else msgspec.convert(value, MemberReport)
 
 
 def parse_metadata(value: object) -> RolloutMetadata:
@@ -97,6 +133,6 @@ def _named_error(error: msgspec.ValidationError, value: Mapping[str, Any]) -> In
     message = str(error)
     match = _JSON_PATH.search(message)
     path = match["path"] if match else ""
-    expected = message[: match.start()] if match else message
+    expected = (message[: match.start()] if match else message).removeprefix("Expected ")
     field = f"{EXTRA_ARGS_KEY}.{path}" if path else EXTRA_ARGS_KEY
     return InvalidInputError(field, expected, value.get(path, dict(value)) if path else dict(value))

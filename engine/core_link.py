@@ -1,0 +1,87 @@
+"""The link to the engine core: scheduler RPC, and the news of its death.
+
+vLLM's synchronous client waits without a bound: when the core process is killed, `get_output()` and a pending
+utility call never return. `CoreLink` watches the core's processes and wakes both with vLLM's `EngineDeadError`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.connection
+import threading
+from typing import TYPE_CHECKING, Any
+
+from longtail.scheduler.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core_client import EngineCoreClient
+
+
+class CoreLink:
+    """Wraps the `engine_core` client of an `LLMEngine`, inline or with a core process."""
+
+    def __init__(self, client: EngineCoreClient) -> None:
+        self._client: Any = client
+        self._inline_core = getattr(client, "engine_core", None)
+        self._closing = threading.Event()
+        if self._inline_core is None:
+            processes = list(self._client.resources.engine_manager.processes)
+            self.pids = tuple(process.pid for process in processes)
+            threading.Thread(
+                target=self._watch, args=([p.sentinel for p in processes],), name="longtail-core-watch", daemon=True
+            ).start()
+        else:
+            self.pids = ()
+
+    @property
+    def is_inline(self) -> bool:
+        """The core runs in this process."""
+        return self._inline_core is not None
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of `EngineCore` between two steps.
+
+        Raises:
+            vllm.v1.engine.exceptions.EngineDeadError: the core died meanwhile.
+
+        """
+        if self._inline_core is not None:
+            return getattr(self._inline_core, method)(*args)
+        return self._client.call_utility(method, *args)
+
+    def rpc(self, op: str, **args: Any) -> dict[str, Any]:
+        """Call `rollout_rpc` of the scheduler.
+
+        Raises:
+            InvalidInputError: the scheduler refused the arguments.
+
+        """
+        answer: dict[str, Any] = self.call("rollout_rpc", op, args)
+        return checked_answer(answer)
+
+    def close(self) -> None:
+        """Expect the core to end from now on."""
+        self._closing.set()
+
+    def _watch(self, sentinels: list[int]) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        multiprocessing.connection.wait(sentinels)
+        if self._closing.is_set():
+            return
+        self._client.resources.engine_dead = True
+        for future in list(self._client.utility_results.values()):
+            if not future.done():
+                future.set_exception(EngineDeadError())
+        self._client.outputs_queue.put(EngineDeadError())
+
+
+def checked_answer(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer of `rollout_rpc`, or the typed error that it carries.
+
+    Raises:
+        InvalidInputError: the scheduler refused the arguments.
+
+    """
+    if (invalid := answer.get("invalid")) is not None:
+        raise InvalidInputError(*invalid)
+    return answer

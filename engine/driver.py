@@ -1,0 +1,194 @@
+"""The thread that owns the engine: it steps vLLM while there is work, and runs what others ask it to run.
+
+vLLM's `LLMEngine` belongs to one thread. The driver is that thread; the synchronous and the asyncio facade both talk
+to it through a queue and get their results through callbacks, so that they share every line that matters, with the
+engine core inline or in its own process. It knows nothing of rounds.
+
+When the core dies, or a step raises, every request in flight and every later call gets an `EngineDeadError`.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from longtail.engine.config import EngineConfig
+from longtail.engine.errors import EngineDeadError, EngineTimeoutError
+from longtail.engine.launch import StartedEngine, start_engine
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+
+    from longtail.engine.core_link import CoreLink
+
+T = TypeVar("T")
+
+#: Gets a request's final output, or the exception that ended it. Called in the driver's thread: must not block.
+Sink = Callable[["RequestOutput | Exception"], None]
+
+
+class EngineDriver:
+    """Starts one engine and drives it until `close()`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._sinks: dict[str, Sink] = {}
+        self._death: EngineDeadError | None = None
+        self._phase = "start"
+        self._closed = False
+        self.last_progress = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="longtail-engine", daemon=True)
+        self._started: Future[StartedEngine] = Future()
+        self._thread.start()
+        try:
+            self.engine = self._started.result(config.start_timeout_s)
+        except FutureTimeoutError:
+            self._closed = True
+            raise EngineTimeoutError("the engine to start", config.start_timeout_s) from None
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests without a final output."""
+        return len(self._sinks)
+
+    def submit(self, requests: Sequence[tuple[str, list[int], Any]], sink: Sink) -> None:
+        """Submit `(request_id, prompt_token_ids, sampling_params)` requests; each sends one item to `sink`.
+
+        Raises:
+            EngineDeadError: the engine is dead or closed.
+
+        """
+        self._post(lambda: self._add(requests, sink))
+
+    def rpc(self, op: str, *, timeout_s: float, **args: Any) -> dict[str, Any]:
+        """Scheduler RPC between two steps; see `CoreLink.rpc`.
+
+        Raises:
+            EngineDeadError: the engine is dead or closed.
+            EngineTimeoutError: no answer within `timeout_s`.
+
+        """
+        return self.call(lambda link: link.rpc(op, **args), f"the scheduler's answer to {op}", timeout_s)
+
+    def call(self, function: Callable[[CoreLink], T], what: str, timeout_s: float) -> T:
+        """Run `function` in the driver's thread, between two steps, and wait for its result."""
+        try:
+            return self.call_later(function).result(timeout_s)
+        except FutureTimeoutError:
+            raise EngineTimeoutError(what, timeout_s) from None
+
+    def call_later(self, function: Callable[[CoreLink], T]) -> Future[T]:
+        """`call` without the wait."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                if self._death is not None:
+                    raise self._death
+                future.set_result(function(self.engine.link))
+            except Exception as error:
+                future.set_exception(self._translate(error))
+
+        self._post(run)
+        return future
+
+    def check_stall(self) -> None:
+        """Raise if requests are in flight and the engine has made no step for `stall_timeout_s`."""
+        limit = self.config.stall_timeout_s
+        if self._sinks and time.monotonic() - self.last_progress > limit:
+            raise EngineTimeoutError("the engine core to finish a step", limit)
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Stop the engine; requests in flight get an `EngineDeadError`. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._commands.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise EngineTimeoutError("the engine to shut down", timeout_s)
+
+    # ---- in the driver's thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            engine = start_engine(self.config)
+        except BaseException as error:
+            self._started.set_exception(error)
+            return
+        self.engine = engine
+        self._started.set_result(engine)
+        self._phase = "rollout"
+        try:
+            while self._run_commands(block=not self._sinks):
+                if self._sinks:
+                    self._step()
+        finally:
+            self._fail_all(EngineDeadError("shutdown", "it was closed", len(self._sinks)))
+            engine.shutdown()
+
+    def _run_commands(self, block: bool) -> bool:
+        """Run what is queued; with `block` wait for the first. False once the driver is to end."""
+        while True:
+            try:
+                command = self._commands.get(block)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            block = False
+            self.last_progress = time.monotonic()
+
+    def _add(self, requests: Sequence[tuple[str, list[int], Any]], sink: Sink) -> None:
+        for request_id, token_ids, params in requests:
+            if self._death is not None:
+                sink(self._death)
+                continue
+            try:
+                self.engine.llm_engine.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+            except Exception as error:
+                sink(self._translate(error))
+            else:
+                self._sinks[request_id] = sink
+
+    def _step(self) -> None:
+        try:
+            outputs = self.engine.llm_engine.step()
+        except Exception as error:
+            death = self._translate(error)
+            self._fail_all(death if isinstance(death, EngineDeadError) else self._died(error))
+            return
+        self.last_progress = time.monotonic()
+        for output in outputs:
+            if output.finished and (sink := self._sinks.pop(output.request_id, None)) is not None:
+                sink(output)
+
+    def _translate(self, error: Exception) -> Exception:
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+        return self._died(error) if isinstance(error, VllmEngineDeadError) else error
+
+    def _died(self, error: Exception) -> EngineDeadError:
+        if self._death is None:
+            self._death = EngineDeadError(self._phase, f"{type(error).__name__}: {error}", len(self._sinks))
+            self._death.__cause__ = error
+        return self._death
+
+    def _fail_all(self, error: Exception) -> None:
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink(error)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        if self._death is not None:
+            raise self._death
+        if self._closed:
+            raise EngineDeadError("shutdown", "it was closed")
+        self._commands.put(command)

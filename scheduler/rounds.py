@@ -1,0 +1,293 @@
+"""When is a round complete, and who is in it: the book-keeping of rounds, groups and members.
+
+A round is cut when `target_groups` of its groups are complete, and a group is complete when all its members
+finished by themselves. This module only keeps the books and says what to do; it knows no vLLM, no clock and
+no tokens. `rollout_scheduler.py` asks it on every arrival and after every step, and does what it says.
+
+Invariants: a request id is live in at most one round; a closed round has no live member; the number of rounds
+kept without a live member is bounded, so a client that never closes a round costs nothing in the long run.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum
+
+from longtail.scheduler.errors import InvalidInputError
+from longtail.scheduler.metadata import RolloutMetadata
+
+MAX_IDLE_ROUNDS = 1024
+"""Rounds without a live member that are remembered, so that a late member still gets the right answer."""
+
+
+class Admission(Enum):
+    """What to do with an arriving member."""
+
+    ADMIT = "admit"
+    LATE = "late"
+    """Its round is over: answer at once as a cut member with no tokens."""
+
+
+@dataclass(slots=True)
+class _Group:
+    size: int
+    live: set[int] = field(default_factory=set)
+    finished: set[int] = field(default_factory=set)
+    num_output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundCounts:
+    """A round in numbers; see `longtail.engine.trajectory.RoundStats` for the meanings."""
+
+    target_groups: int
+    closed: bool
+    num_groups: int
+    num_complete_groups: int
+    num_live_members: int
+    num_cut_members: int
+    num_kept_tokens: int
+    num_steps: int
+    idle_slot_steps: int
+    peak_running: int
+
+
+@dataclass(slots=True)
+class RoundTotals:
+    """What all rounds of this engine add up to since it started; every field only grows.
+
+    Attributes:
+        rounds: rounds opened; `cuts` of them ended because they reached their target.
+        cut_members: members stopped at the end of a round, and members that came after it.
+        kept_tokens: output tokens of complete groups.
+        steps: engine steps with a live round; `idle_slot_steps` sums the batch slots that had been in use at the
+            peak of the round and were empty in a later step.
+
+    """
+
+    rounds: int = 0
+    cuts: int = 0
+    complete_groups: int = 0
+    cut_members: int = 0
+    kept_tokens: int = 0
+    steps: int = 0
+    idle_slot_steps: int = 0
+
+
+@dataclass(slots=True)
+class _Round:
+    target_groups: int
+    opened_ts: float
+    groups: dict[str, _Group] = field(default_factory=dict)
+    live: dict[str, RolloutMetadata] = field(default_factory=dict)
+    num_complete_groups: int = 0
+    num_cut_members: int = 0
+    num_kept_tokens: int = 0
+    closed: bool = False
+    num_steps: int = 0
+    idle_slot_steps: int = 0
+    peak_running: int = 0
+
+    def counts(self) -> RoundCounts:
+        return RoundCounts(
+            target_groups=self.target_groups,
+            closed=self.closed,
+            num_groups=len(self.groups),
+            num_complete_groups=self.num_complete_groups,
+            num_live_members=len(self.live),
+            num_cut_members=self.num_cut_members,
+            num_kept_tokens=self.num_kept_tokens,
+            num_steps=self.num_steps,
+            idle_slot_steps=self.idle_slot_steps,
+            peak_running=self.peak_running,
+        )
+
+
+class RoundBook:
+    """The rounds of one engine.
+
+    Args:
+        max_idle_rounds: how many rounds without a live member are remembered, oldest forgotten first. A member
+            that names a forgotten round opens it anew.
+
+    """
+
+    def __init__(self, max_idle_rounds: int = MAX_IDLE_ROUNDS) -> None:
+        self._max_idle_rounds = max_idle_rounds
+        self._live: dict[str, _Round] = {}
+        self._idle: OrderedDict[str, _Round] = OrderedDict()
+        self._round_of: dict[str, str] = {}
+        self.totals = RoundTotals()
+        self._ready: list[tuple[str, _Round]] = []
+
+    def admit(self, request_id: str, metadata: RolloutMetadata, now: float) -> Admission:
+        """Enter a member that arrives at `now` (seconds, any clock).
+
+        Raises:
+            InvalidInputError: it contradicts its round or group, or its place in the group is taken. The books
+                are unchanged.
+
+        """
+        assert request_id not in self._round_of, f"{request_id} is a live member already"
+        entry = self._find(metadata.round)
+        if entry is not None:
+            _check_consistent(entry, metadata)
+            if entry.closed:
+                self._count_cut(entry, 1)
+                return Admission.LATE
+        else:
+            entry = _Round(metadata.target_groups, opened_ts=now)
+            self.totals.rounds += 1
+        group = entry.groups.get(metadata.group)
+        if group is None:
+            group = entry.groups[metadata.group] = _Group(metadata.group_size)
+        self._idle.pop(metadata.round, None)
+        self._live[metadata.round] = entry
+        group.live.add(metadata.index)
+        entry.live[request_id] = metadata
+        self._round_of[request_id] = metadata.round
+        return Admission.ADMIT
+
+    def finish(self, request_id: str, num_output_tokens: int) -> None:
+        """A live member finished by itself; its group may be complete now."""
+        round_id, entry, metadata = self._remove(request_id)
+        group = entry.groups[metadata.group]
+        group.finished.add(metadata.index)
+        group.num_output_tokens += num_output_tokens
+        if len(group.finished) == group.size:
+            entry.num_complete_groups += 1
+            entry.num_kept_tokens += group.num_output_tokens
+            self.totals.complete_groups += 1
+            self.totals.kept_tokens += group.num_output_tokens
+            if entry.num_complete_groups == entry.target_groups:
+                self._ready.append((round_id, entry))
+        self._settle(round_id, entry)
+
+    def leave(self, request_id: str) -> None:
+        """A live member ended without finishing (caller's abort, error). Its place may be taken again."""
+        round_id, entry, _ = self._remove(request_id)
+        self._settle(round_id, entry)
+
+    def cut_ready(self) -> list[str]:
+        """Close every round that reached its target since the last call; returns the members to stop."""
+        if not self._ready:
+            return []
+        ready, self._ready = self._ready, []
+        self.totals.cuts += len(ready)
+        return [request_id for round_id, entry in ready for request_id in self._close(round_id, entry)]
+
+    def close(self, round_id: str) -> list[str]:
+        """End a round before its target; returns the members to stop, which are no longer in the books.
+
+        Raises:
+            InvalidInputError: no such round.
+
+        """
+        return self._close(round_id, self._known(round_id))
+
+    def forget(self, round_id: str) -> RoundCounts:
+        """Drop a round that has no live member, and return its final numbers.
+
+        Raises:
+            InvalidInputError: no such round, or it has live members.
+
+        """
+        entry = self._known(round_id)
+        if entry.live:
+            raise InvalidInputError("round", "a round without live members", round_id)
+        del self._idle[round_id]
+        return entry.counts()
+
+    def opened_ts(self, round_id: str) -> float:
+        """When the first member of a known round arrived."""
+        return self._known(round_id).opened_ts
+
+    def note_step(self, num_running: int) -> None:
+        """Account one engine step, with that many requests in the batch, to every round that has live members."""
+        if self._live:
+            self.totals.steps += 1
+        for entry in self._live.values():
+            entry.num_steps += 1
+            idle = entry.peak_running - num_running
+            if idle < 0:
+                entry.peak_running = num_running
+            else:
+                entry.idle_slot_steps += idle
+                self.totals.idle_slot_steps += idle
+
+    def counts(self, round_id: str) -> RoundCounts:
+        """The round's numbers so far.
+
+        Raises:
+            InvalidInputError: no such round.
+
+        """
+        return self._known(round_id).counts()
+
+    def live_members(self, round_id: str) -> list[str]:
+        """Request ids of the live members of a known round."""
+        return list(self._known(round_id).live)
+
+    @property
+    def num_live_rounds(self) -> int:
+        """Rounds with at least one live member."""
+        return len(self._live)
+
+    def _find(self, round_id: str) -> _Round | None:
+        return self._live.get(round_id) or self._idle.get(round_id)
+
+    def _known(self, round_id: str) -> _Round:
+        if (entry := self._find(round_id)) is None:
+            raise InvalidInputError("round", "the id of a round that this engine knows", round_id)
+        return entry
+
+    def _remove(self, request_id: str) -> tuple[str, _Round, RolloutMetadata]:
+        round_id = self._round_of.pop(request_id)
+        entry = self._live[round_id]
+        metadata = entry.live.pop(request_id)
+        entry.groups[metadata.group].live.discard(metadata.index)
+        return round_id, entry, metadata
+
+    def _close(self, round_id: str, entry: _Round) -> list[str]:
+        cut = list(entry.live)
+        entry.closed = True
+        self._count_cut(entry, len(cut))
+        for request_id in cut:
+            self._remove(request_id)
+        self._settle(round_id, entry)
+        return cut
+
+    def _count_cut(self, entry: _Round, num_members: int) -> None:
+        entry.num_cut_members += num_members
+        self.totals.cut_members += num_members
+
+    def _settle(self, round_id: str, entry: _Round) -> None:
+        """Move a round without live members out of the hot path, and forget the oldest beyond the bound."""
+        if entry.live or round_id not in self._live:
+            return
+        del self._live[round_id]
+        self._idle[round_id] = entry
+        if len(self._idle) > self._max_idle_rounds:
+            self._idle.popitem(last=False)
+
+
+def _check_consistent(entry: _Round, metadata: RolloutMetadata) -> None:
+    if metadata.target_groups != entry.target_groups:
+        raise InvalidInputError(
+            "rollout.target_groups",
+            f"{entry.target_groups}, as the other members of round {metadata.round!r} say",
+            metadata.target_groups,
+        )
+    if (group := entry.groups.get(metadata.group)) is None:
+        return
+    if metadata.group_size != group.size:
+        raise InvalidInputError(
+            "rollout.group_size",
+            f"{group.size}, as the other members of group {metadata.group!r} say",
+            metadata.group_size,
+        )
+    if metadata.index in group.live or metadata.index in group.finished:
+        raise InvalidInputError(
+            "rollout.index", f"a member of group {metadata.group!r} that has not arrived yet", metadata.index
+        )
