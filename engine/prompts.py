@@ -31,6 +31,7 @@ class Prompt:
         text: tokenised with the tokenizer's own special tokens.
         messages: chat messages (`role`, `content`), put through the checkpoint's chat template.
         group_id: id of the group, unique in its round; its position in the round by default.
+        max_tokens: output budget in tokens, one for all members or one a member; `SamplingConfig`'s by default.
         metadata: returned with every trajectory, unchanged.
 
     """
@@ -39,15 +40,17 @@ class Prompt:
     text: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     group_id: str | None = None
+    max_tokens: int | Sequence[int] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPrompt:
-    """A checked prompt: token ids, the id of its group, and the caller's metadata."""
+    """A checked prompt: id of its group, token ids, own budgets by member (or `None`), and the caller's metadata."""
 
     group_id: str
     token_ids: list[int]
+    max_tokens: list[int] | None
     metadata: dict[str, Any]
 
 
@@ -59,7 +62,9 @@ class PromptLimits:
     max_model_len: int
 
 
-def tokenize_prompts(prompts: Sequence[Any], tokenizer: Tokenizer | None, limits: PromptLimits) -> list[TokenPrompt]:
+def tokenize_prompts(
+    prompts: Sequence[Any], group_size: int, tokenizer: Tokenizer | None, limits: PromptLimits
+) -> list[TokenPrompt]:
     """Check every prompt and turn it into token ids.
 
     Raises:
@@ -83,8 +88,27 @@ def tokenize_prompts(prompts: Sequence[Any], tokenizer: Tokenizer | None, limits
         if not isinstance(prompt.metadata, Mapping):
             raise InvalidInputError(f"{where}.metadata", "an object", prompt.metadata)
         seen.add(group_id)
-        checked.append(TokenPrompt(group_id, _token_ids(prompt, where, tokenizer, limits), dict(prompt.metadata)))
+        checked.append(
+            TokenPrompt(
+                group_id,
+                _token_ids(prompt, where, tokenizer, limits),
+                _budgets(prompt.max_tokens, group_size, f"{where}.max_tokens"),
+                dict(prompt.metadata),
+            )
+        )
     return checked
+
+
+def _budgets(value: object, group_size: int, where: str) -> list[int] | None:
+    if value is None:
+        return None
+    budgets = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * group_size
+    if len(budgets) != group_size:
+        raise InvalidInputError(where, f"one budget, or {group_size} (group_size)", value)
+    for budget in budgets:
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+            raise InvalidInputError(where, "integers >= 1", value)
+    return budgets
 
 
 def _as_prompt(value: Any, where: str) -> Prompt:

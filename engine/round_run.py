@@ -10,7 +10,7 @@ import msgspec
 
 from longtail.engine.config import SamplingConfig
 from longtail.engine.driver import EngineDriver
-from longtail.engine.errors import EngineDeadError
+from longtail.engine.errors import EngineDeadError, InvalidInputError
 from longtail.engine.rounds import RoundCollector, RoundPlan, plan_round
 from longtail.engine.trajectory import Round, Trajectory
 from longtail.engine.vllm_args import sampling_params
@@ -54,8 +54,6 @@ class RoundRun:
         round_id: str | None,
     ) -> None:
         if not isinstance(sampling, SamplingConfig):
-            from longtail.engine.errors import InvalidInputError
-
             raise InvalidInputError("sampling", "a SamplingConfig", sampling)
         self._driver = driver
         self.plan: RoundPlan = plan_round(
@@ -75,7 +73,7 @@ class RoundRun:
         sampling = self.plan.sampling
         self._driver.submit(
             [
-                (member.request_id, member.prompt.token_ids, sampling_params(sampling, member.seed, member.metadata))
+                (member.request_id, member.prompt.token_ids, sampling_params(sampling, member))
                 for member in self.plan.members()
             ],
             deliver,

@@ -49,6 +49,7 @@ class MemberPlan:
     prompt: TokenPrompt
     metadata: RolloutMetadata
     seed: int | None
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class RoundPlan:
                         index=index,
                     ),
                     None if seed is None else seed + position * self.group_size + index,
+                    self.sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens[index],
                 )
 
 
@@ -116,7 +118,7 @@ def plan_round(
             raise InvalidInputError("over_provision", "target_groups with it", over_provision)
         if isinstance(prompts, Sequence):
             prompts = prompts[: math.ceil(over_provision * target_groups)]
-    checked = tokenize_prompts(prompts, tokenizer, limits)
+    checked = tokenize_prompts(prompts, group_size, tokenizer, limits)
     if target_groups is None:
         target_groups = len(checked)
     elif target_groups > len(checked):

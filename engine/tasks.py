@@ -1,8 +1,8 @@
-"""Named tasks with automatic scores, and prompts from a file.
+"""Named tasks with automatic scores.
 
-A task is a generator of reasoning-gym: `load_task(name, size, seed)` gives the same prompts for the same arguments,
-each a chat prompt whose metadata holds what `score` needs. Metadata is made of JSON values, so a trajectory can
-be scored when it finishes or years later from its file.
+A task is a generator of reasoning-gym: `load_task(name, size, seed)` gives the same prompts for the same arguments
+in every process (`UNSTABLE_TASKS` do not), each a chat prompt whose metadata holds what `score` needs. Metadata is
+made of JSON values, so a trajectory can be scored when it finishes or years later from its file.
 
 `score` extracts an answer from free text and hands it to the task's own verifier. It is lenient on form, because
 small models rarely keep to one: without an `<answer>` tag the last number counts where the right answer is a
@@ -19,12 +19,24 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
 from longtail.engine.errors import InvalidInputError, LongtailError
+from longtail.engine.prompt_file import read_prompts
 from longtail.engine.prompts import Prompt
+
+__all__ = [
+    "DEMO_TASKS",
+    "UNSTABLE_TASKS",
+    "TaskUnavailableError",
+    "extract_answer",
+    "load_task",
+    "read_prompts",
+    "score",
+    "task_names",
+]
 
 MAX_TASK_SIZE = 1_000_000
 
@@ -37,6 +49,11 @@ _INSTALL_HINT = 'the task generators need reasoning-gym; install it with `pip in
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+#: Their generators iterate over sets, so they follow PYTHONHASHSEED; `acre` changes with the size asked for.
+UNSTABLE_TASKS = frozenset(
+    {"acre", "isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
+)
 
 #: Needs the generators that it is made of as an argument.
 _NOT_A_TASK = frozenset({"composite"})
@@ -52,7 +69,7 @@ def task_names() -> list[str]:
 
 
 def load_task(name: str, size: int, seed: int) -> list[Prompt]:
-    """The first `size` prompts of a task; a larger size only adds prompts at the end.
+    """The first `size` prompts of a task; a larger size only adds prompts at the end (not for `UNSTABLE_TASKS`).
 
     Raises:
         InvalidInputError: there is no such task (names close ones), or it cannot be scored from JSON metadata.
@@ -62,7 +79,7 @@ def load_task(name: str, size: int, seed: int) -> list[Prompt]:
     for argument, value, low, high in (("size", size, 1, MAX_TASK_SIZE), ("seed", seed, 0, 2**32 - 1)):
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise InvalidInputError(f"task.{argument}", f"an integer in [{low}, {high}]", value)
-    import reasoning_gym
+    import reasoning_gym  # type: ignore[import-untyped]
 
     dataset = reasoning_gym.create_dataset(name, size=size, seed=seed)
     prompts = []
@@ -134,18 +151,16 @@ def _as_json(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_value(value: object) -> object:
-    if isinstance(value, str):
+    if isinstance(value, str):  # numpy's
         return str(value)
-    return value.item() if hasattr(value, "item") else _refuse(value)
-
-
-def _refuse(value: object) -> NoReturn:
+    if hasattr(value, "item"):
+        return value.item()
     raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
 def _generators() -> Mapping[str, Any]:
     try:
-        import reasoning_gym.factory
+        import reasoning_gym.factory  # type: ignore[import-untyped]
     except ImportError as error:
         raise TaskUnavailableError(f"{_INSTALL_HINT} ({error})") from error
     generators: Mapping[str, Any] = reasoning_gym.factory.DATASETS

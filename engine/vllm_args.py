@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
-    from longtail.scheduler.metadata import RolloutMetadata
+    from longtail.engine.rounds import MemberPlan
 
 SCHEDULER = "longtail.scheduler.rollout_scheduler.make_scheduler"
 LOGPROBS_MODE = "processed_logprobs"
@@ -75,7 +75,7 @@ def build_vllm_config(config: EngineConfig, model_dir: Path) -> VllmConfig:
     return vllm_config
 
 
-def sampling_params(sampling: SamplingConfig, seed: int | None, metadata: RolloutMetadata) -> SamplingParams:
+def sampling_params(sampling: SamplingConfig, member: MemberPlan) -> SamplingParams:
     """vLLM's sampling parameters of one member: final output only, log-prob of every sampled token."""
     import msgspec
     from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -86,14 +86,14 @@ def sampling_params(sampling: SamplingConfig, seed: int | None, metadata: Rollou
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
+        max_tokens=member.max_tokens,
+        min_tokens=min(sampling.min_tokens, member.max_tokens),
         stop=list(sampling.stop) or None,
         stop_token_ids=list(sampling.stop_token_ids) or None,
         ignore_eos=sampling.ignore_eos,
-        seed=seed,
+        seed=member.seed,
         logprobs=0,
         flat_logprobs=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={EXTRA_ARGS_KEY: msgspec.to_builtins(metadata)},
+        extra_args={EXTRA_ARGS_KEY: msgspec.to_builtins(member.metadata)},
     )

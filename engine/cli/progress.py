@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from longtail.engine.cli.round_summary import RoundSummary, ended_by_itself
+from longtail.engine.cli.round_summary import RoundSummary, counted, ended_by_itself
 from longtail.engine.trajectory import Round, Trajectory
 
 _REDRAW_S = 0.25
@@ -248,7 +248,7 @@ def summary_table(round: Round) -> Table:
 
 def _failures(round: Round) -> str:
     found = Counter(t.finish_reason for t in round.trajectories if not ended_by_itself(t) and not t.was_cut)
-    return ", ".join(f"{number} members: {reason}" for reason, number in sorted(found.items()))
+    return ", ".join(f"{counted(number, 'member')}: {reason}" for reason, number in sorted(found.items()))
 
 
 def _joined(*words: str) -> str:

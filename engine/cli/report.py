@@ -19,7 +19,7 @@ from longtail.engine.cli.report_figures import figures_card, rounds_table, shown
 from longtail.engine.cli.report_histogram import histogram_svg
 from longtail.engine.cli.report_samples import samples_card
 from longtail.engine.cli.report_timeline import Timeline, timeline_svg
-from longtail.engine.cli.round_summary import Outcome, RoundSummary
+from longtail.engine.cli.round_summary import Outcome, RoundSummary, counted
 from longtail.engine.trajectory import Round
 
 _TEMPLATE = "report_template.html"
@@ -80,12 +80,12 @@ def headline(summary: RoundSummary) -> str:
     if not summary.num_trajectories:
         return "This round had no trajectories."
     words = [
-        f"{stats.num_complete_groups:,} of {_count(stats.num_submitted_groups, 'group')} were complete after "
+        f"{stats.num_complete_groups:,} of {stats.num_submitted_groups:,} groups were complete after "
         f"{stats.seconds:.1f} s; the target was {round.target_groups:,}."
     ]
     num_running = summary.outcomes["cut"] - summary.num_cut_waiting
     if summary.outcomes["cut"]:
-        stopped = f"{_count(num_running, 'trajectory', 'trajectories')} in the middle of an answer"
+        stopped = f"{counted(num_running, 'trajectory', 'trajectories')} in the middle of an answer"
         waiting = f" and {summary.num_cut_waiting} that had not started" if summary.num_cut_waiting else ""
         words.append(f"At that moment the scheduler cut the round: it stopped {stopped}{waiting}.")
     elif stats.num_complete_groups < round.target_groups:
@@ -93,7 +93,7 @@ def headline(summary: RoundSummary) -> str:
     else:
         words.append("No trajectory had to be cut.")
     if summary.outcomes["failed"]:
-        words.append(f"{_count(summary.outcomes['failed'], 'trajectory', 'trajectories')} failed or were aborted.")
+        words.append(f"{counted(summary.outcomes['failed'], 'trajectory', 'trajectories')} failed or were aborted.")
     if summary.kept_share is not None:
         words.append(f"{summary.kept_share:.0%} of the generated tokens are in complete groups and can be trained on.")
     return " ".join(words)
@@ -156,7 +156,8 @@ def _timeline_card(summary: RoundSummary) -> str:
     ]
     if summary.cut_s is not None:
         caption.append(
-            f"At {summary.cut_s:.1f} s {summary.why}: in that step the scheduler cut the round, so all bars end there."
+            f"At {summary.cut_s:.1f} s {summary.why}: in that step the scheduler cut the round, and what still ran "
+            "ends there."
         )
     if summary.occupancy.idle_share is not None:
         idle = summary.occupancy.idle_share
@@ -188,7 +189,3 @@ def _card(heading: str, caption: str, *parts: str) -> str:
     keys, picture = parts if parts else ("", "")
     body = f'{keys}<div class="scroll">{picture}</div>' if picture else ""
     return f'<figure class="card"><h3>{escape(heading)}</h3><figcaption>{escape(caption)}</figcaption>{body}</figure>'
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -130,7 +130,9 @@ def _bar(summary: RoundSummary, group: Group, trajectory: Trajectory, x: Axis, y
     end = summary.end_s if times.finished_s is None else times.finished_s
     start = end if times.scheduled_s is None else times.scheduled_s
     outcome = outcome_of(trajectory, group)
-    ran = "never started" if times.scheduled_s is None else f"ran {start:.2f} to {end:.2f} s"
+    ran = f"ran {start:.2f} to {end:.2f} s"
+    if times.scheduled_s is None:
+        ran = "when it ran is not known" if has_started(trajectory) else "never started"
     tokens = len(trajectory.output_token_ids)
     bound = "" if ended_by_itself(trajectory) else "at least "
     lines = (

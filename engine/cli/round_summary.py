@@ -216,11 +216,17 @@ class RoundSummary:
     def why(self) -> str:
         """Why the round ended when it did, in one phrase."""
         stats = self.round.stats
+        target = counted(self.round.target_groups, "complete group")
         if stats.num_cut_groups or self.outcomes["cut"]:
-            return f"{stats.num_complete_groups} groups were complete, the target was {self.round.target_groups}"
+            return f"the target of {target} was reached"
         if stats.num_complete_groups >= self.round.target_groups:
             return "nothing was left to cut when the target was reached"
-        return f"only {stats.num_complete_groups} of {self.round.target_groups} target groups could complete"
+        return f"the target of {target} could not be reached"
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """`number` and the word for so many."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def running_span(trajectory: Trajectory, end_s: float) -> tuple[float, float] | None:

@@ -1,0 +1,113 @@
+"""What does longtail's scheduler cost on top of stock vLLM's, per step?
+
+1,024 requests decode at once; the model is faked, so only `schedule()` and `update_from_output()` are timed, in thread
+CPU time. Each block of steps runs on every arm, in an order that is shuffled per block, and ratios are taken inside the
+block.
+
+Arms: `stock` twice (its ratio to itself is the noise), longtail without rollout metadata (`off`: what every plain
+request pays), and longtail with all 1,024 requests in rounds (`on`).
+
+Last line: one JSON object with `overhead_ratio` (off / stock, median of paired blocks), `overhead_ratio_on`,
+`noise_ratio` (stock / stock), and the 10th and 90th percentile of each.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import bench_io
+import scheduler_harness
+from longtail.scheduler.rollout_scheduler import RolloutScheduler
+from scheduler_harness import SchedulerHarness
+from vllm.v1.core.sched.scheduler import Scheduler
+
+NUM_REQUESTS = 1024
+GROUP_SIZE = 8
+STEPS_PER_BLOCK = 8
+PROMPT_TOKENS = 64
+
+
+def main() -> None:
+    """Run the arms and print the figures."""
+    flags = bench_io.parse_flags(__doc__)
+    num_blocks = 40 if flags.quick else 150
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        model_dir = scheduler_harness.write_model_config(Path(folder))
+        arms = {
+            "stock": _filled(Scheduler, model_dir, in_rounds=False),
+            "stock again": _filled(Scheduler, model_dir, in_rounds=False),
+            "off": _filled(RolloutScheduler, model_dir, in_rounds=False),
+            "on": _filled(RolloutScheduler, model_dir, in_rounds=True),
+        }
+        gc.collect()
+        gc.freeze()  # as the engine core does once it is up
+        gc.disable()
+        seconds: dict[str, list[float]] = {name: [] for name in arms}
+        for block in range(num_blocks):
+            order = list(arms)
+            rng.shuffle(order)
+            for name in order:
+                seconds[name].append(_time_block(arms[name]))
+            if block % 10 == 9:
+                gc.collect()
+                print(f"block {block + 1}/{num_blocks}", flush=True)
+        gc.unfreeze()
+        gc.enable()
+    figures: dict[str, Any] = {"num_requests": NUM_REQUESTS, "num_blocks": num_blocks}
+    print(f"{'arm':<12} {'ms a step':>10} {'ratio':>8} {'p10':>8} {'p90':>8}")
+    for name, key in (("stock again", "noise_ratio"), ("off", "overhead_ratio"), ("on", "overhead_ratio_on")):
+        ratios = [ours / stock for ours, stock in zip(seconds[name], seconds["stock"], strict=True)]
+        spread = [bench_io.quantile(ratios, 0.1), bench_io.quantile(ratios, 0.9)]
+        figures[key] = round(bench_io.median(ratios), 4)
+        figures[f"{key}_p10_p90"] = [round(value, 4) for value in spread]
+        step_ms = 1e3 * bench_io.median(seconds[name]) / STEPS_PER_BLOCK
+        print(f"{name:<12} {step_ms:>10.3f} {figures[key]:>8.4f} {spread[0]:>8.4f} {spread[1]:>8.4f}")
+    figures["stock_step_ms"] = round(1e3 * bench_io.median(seconds["stock"]) / STEPS_PER_BLOCK, 3)
+    bench_io.report("scheduler_overhead", figures, flags.json)
+
+
+def _filled(scheduler_cls: Any, model_dir: Path, *, in_rounds: bool) -> SchedulerHarness:
+    """A scheduler with all requests decoding."""
+    config = scheduler_harness.make_vllm_config(
+        model_dir, max_num_seqs=NUM_REQUESTS, max_num_batched_tokens=NUM_REQUESTS * PROMPT_TOKENS
+    )
+    harness = SchedulerHarness(scheduler_cls, config, num_blocks=NUM_REQUESTS * 64)
+    rng = random.Random(1)
+    for i in range(NUM_REQUESTS):
+        rollout = {
+            "round": "r", "target_groups": NUM_REQUESTS, "group": str(i // GROUP_SIZE),
+            "group_size": GROUP_SIZE, "index": i % GROUP_SIZE,
+        }  # fmt: skip
+        prompt = [rng.randrange(3, 500) for _ in range(PROMPT_TOKENS)]
+        harness.add(f"r{i}", prompt, 1900, rollout if in_rounds else None)
+    for _ in range(3):
+        scheduled, _ = harness.step()
+    assert len(scheduled.num_scheduled_tokens) == NUM_REQUESTS
+    return harness
+
+
+def _time_block(harness: SchedulerHarness) -> float:
+    """CPU seconds of `STEPS_PER_BLOCK` steps, the faked model left out."""
+    total = 0
+    for _ in range(STEPS_PER_BLOCK):
+        start = time.thread_time_ns()
+        scheduled = harness.scheduler.schedule()
+        total += time.thread_time_ns() - start
+        sampled = harness.fake_model(scheduled)
+        start = time.thread_time_ns()
+        harness.scheduler.update_from_output(scheduled, sampled)
+        total += time.thread_time_ns() - start
+    return total / 1e9
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What a failed command prints: one line that says what was wrong, and where it helps one more that says what to do.
+
+Exit codes: 0 done, 1 the engine or the machine failed, 2 the input was wrong, 128 + n stopped by signal n. A
+traceback is printed with `--debug` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from longtail.engine.errors import InvalidInputError, LongtailError, ModelSourceError
+
+FAILED, WRONG_INPUT = 1, 2
+
+
+class CommandError(LongtailError):
+    """An error with what the command line knows about it.
+
+    Attributes:
+        exit_code: of the command.
+        advice: what the user can do now; may be empty.
+
+    """
+
+    def __init__(self, message: str, *, exit_code: int = FAILED, advice: str = "") -> None:
+        self.exit_code = exit_code
+        self.advice = advice
+        super().__init__(message)
+
+
+class StoppedBySignal(BaseException):
+    """SIGINT or SIGTERM came."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+def describe(error: Exception, flag_of: Callable[[str], str] = str) -> str:
+    """The error in one line."""
+    if isinstance(error, InvalidInputError):
+        return f"{flag_of(error.field)}: expected {error.expected}, got {error.got}"
+    message = " ".join(str(error).split())
+    return message if isinstance(error, LongtailError) else f"{type(error).__name__}: {message}"
+
+
+def exit_code_of(error: Exception) -> int:
+    """See the module's docstring."""
+    if isinstance(error, CommandError):
+        return error.exit_code
+    return WRONG_INPUT if isinstance(error, (InvalidInputError, ModelSourceError)) else FAILED
+
+
+@contextlib.contextmanager
+def errors_as_lines(flag_of: Callable[[str], str], *, debug: bool) -> Iterator[None]:
+    """Print what goes wrong inside to standard error, and leave with its exit code."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.TyperException):
+        raise
+    except StoppedBySignal as stop:
+        raise typer.Exit(128 + stop.number) from None
+    except KeyboardInterrupt:
+        console.print("stopped")
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except Exception as error:
+        if debug:
+            console.print_exception()
+        console.print(Text.assemble(("error: ", "bold red"), describe(error, flag_of)))
+        if advice := getattr(error, "advice", ""):
+            console.print(advice, markup=False)
+        raise typer.Exit(exit_code_of(error)) from None

@@ -1,0 +1,224 @@
+"""Options of the commands, each defined once: dataclasses that a command takes whole.
+
+`command` turns a function that takes such dataclasses into one with an option for each field, which is what typer
+reads, and shows errors as lines (`failures.py`). A field is `None` where the user set nothing: what was set is known,
+which continuing a run needs, and a default has one home, `config.py`, where the help takes it from. Values are
+checked there too. Nothing here imports torch or vLLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+
+import msgspec
+import typer
+
+from longtail.engine.cli.failures import errors_as_lines
+from longtail.engine.config import CoreMode, Dtype, EngineConfig, RuntimeConfig, SamplingConfig
+from longtail.engine.errors import InvalidInputError
+from longtail.engine.models import SMOLLM2
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionGroup:
+    """Options under one heading of the help. A field's annotation carries its help."""
+
+    HEADING: ClassVar[str]
+    DEFAULTS: ClassVar[type | None] = None
+
+    def given(self) -> dict[str, Any]:
+        """What the user set, as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value not in (None, [])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(OptionGroup):
+    """Which model."""
+
+    HEADING = "Model"
+
+    model: Annotated[
+        str | None, f"A local checkpoint folder, or {SMOLLM2}, which is built when needed. Default: {SMOLLM2}."
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(OptionGroup):
+    """Fields of `EngineConfig`."""
+
+    HEADING = "Engine"
+    DEFAULTS = EngineConfig
+
+    dtype: Annotated[Dtype | None, "Of weights and KV; auto is float32 on a CPU, the checkpoint's own elsewhere."] = (
+        None
+    )
+    max_model_len: Annotated[int | None, "Longest prompt + output in tokens. Default: the checkpoint's."] = None
+    max_num_seqs: Annotated[int | None, "How many trajectories run at once."] = None
+    max_num_batched_tokens: Annotated[int | None, "Tokens of one step. Default: vLLM's choice."] = None
+    block_size: Annotated[int | None, "Tokens of one KV block. Default: vLLM's choice."] = None
+    kv_cache_gib: Annotated[float | None, "KV pool of a CPU engine in GiB."] = None
+    gpu_memory_utilization: Annotated[float | None, "Share of a GPU's memory. Default: vLLM's."] = None
+    enable_prefix_caching: Annotated[bool | None, "Share the KV of equal prefixes."] = None
+    async_scheduling: Annotated[bool | None, "Schedule a step while another runs. Default: vLLM's choice."] = None
+    enforce_eager: Annotated[bool | None, "No compilation, no graphs. Default: yes on a CPU only."] = None
+    engine_seed: Annotated[int | None, "Of the engine's own random stream. Default: 0."] = None
+    start_timeout_s: Annotated[float | None, "Bound on the start of the engine, in seconds."] = None
+    stall_timeout_s: Annotated[float | None, "A round fails when no step ends for so many seconds."] = None
+    vllm_arg: Annotated[list[str] | None, "A further field of vLLM's EngineArgs, NAME=JSON. Repeatable."] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions(OptionGroup):
+    """Fields of `RuntimeConfig`."""
+
+    HEADING = "CPU (longtail picks what is not set, and prints what it picked)"
+
+    omp_threads: Annotated[int | None, "Compute threads of the engine."] = None
+    omp_library: Annotated[Literal["intel", "gnu"] | None, "OpenMP library."] = None
+    block_time_ms: Annotated[int | None, "How long an idle OpenMP thread spins before it sleeps."] = None
+    allocator: Annotated[Literal["tcmalloc", "system"] | None, "Memory allocator."] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(OptionGroup):
+    """Fields of `SamplingConfig`."""
+
+    HEADING = "Sampling"
+    DEFAULTS = SamplingConfig
+
+    temperature: Annotated[float | None, "0 is greedy."] = None
+    top_p: Annotated[float | None, "Nucleus mass in (0, 1]."] = None
+    top_k: Annotated[int | None, "0 keeps the whole vocabulary."] = None
+    max_tokens: Annotated[int | None, "Output budget of one trajectory in tokens."] = None
+    min_tokens: Annotated[int | None, "No stop before this many tokens."] = None
+    stop: Annotated[list[str] | None, "A string that ends a trajectory. Repeatable."] = None
+    stop_token_ids: Annotated[list[int] | None, "A token id that ends a trajectory. Repeatable."] = None
+    ignore_eos: Annotated[bool | None, "Go on past the model's end token."] = None
+    seed: Annotated[int | None, "Makes each trajectory's sampling repeatable. Default: the engine's stream."] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions(OptionGroup):
+    """What every command has."""
+
+    HEADING = "Output"
+
+    verbose: Annotated[bool, "Show what vLLM prints."] = False
+    debug: Annotated[bool, "Show tracebacks."] = False
+
+
+CoreOption = Annotated[
+    CoreMode | None,
+    typer.Option(help="Engine core in its own process or in this one. Default: process.", rich_help_panel="Engine"),
+]
+
+_CONFIGS = (ModelOptions, EngineOptions, RuntimeOptions, SamplingOptions)
+
+
+def engine_fields(engine: EngineOptions, runtime: RuntimeOptions, core: CoreMode | None = None) -> dict[str, Any]:
+    """What the user set of an `EngineConfig`, by its field names, as JSON values."""
+    fields = engine.given()
+    if "engine_seed" in fields:
+        fields["seed"] = fields.pop("engine_seed")
+    if "vllm_arg" in fields:
+        fields["vllm_args"] = dict(_vllm_arg(text) for text in fields.pop("vllm_arg"))
+    if core is not None:
+        fields["core"] = core
+    if chosen := runtime.given():
+        fields["runtime"] = chosen
+    return fields
+
+
+def engine_config(model: str, fields: Mapping[str, Any]) -> EngineConfig:
+    """The configuration that `engine_fields` describe.
+
+    Raises:
+        InvalidInputError: a value is wrong, or a field is none (a sidecar may have been edited).
+
+    """
+    values = dict(fields)
+    try:
+        runtime = RuntimeConfig(**values.pop("runtime", {}))
+        return EngineConfig(model=model, runtime=runtime, **values)
+    except TypeError as error:
+        raise InvalidInputError("engine", f"fields of EngineConfig ({error})", fields) from error
+
+
+def flag_of(field: str) -> str:
+    """A field's path in an error, as the user typed it: `sampling.top_p` is `--top-p`."""
+    named = {"task.size": "num_prompts", "task.seed": "task_seed", "engine.seed": "engine_seed"}.get(field, field)
+    name = named.removeprefix("engine.").removeprefix("sampling.").removeprefix("runtime.")
+    stem = name.partition("[")[0]
+    known = any(stem in kind.__dataclass_fields__ for kind in OptionGroup.__subclasses__())
+    return f"--{name.replace('_', '-')}" if known else field
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Give `function` an option for each field of the option groups that it takes; show its errors as lines."""
+    hints = get_type_hints(function, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type[OptionGroup]] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        kind = hints[parameter.name]
+        if isinstance(kind, type) and issubclass(kind, OptionGroup):
+            groups[parameter.name] = kind
+            parameters.extend(_parameters(kind))
+        else:
+            parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        built = {
+            name: kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+            for name, kind in groups.items()
+        }
+        with errors_as_lines(flag_of, debug=any(getattr(group, "debug", False) for group in built.values())):
+            function(**values, **built)
+
+    # What typer reads; `wraps` would show it the signature with the groups.
+    run.__dict__.pop("__wrapped__")
+    run.__dict__["__signature__"] = inspect.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _parameters(group: type[OptionGroup]) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    parameters = []
+    for field in dataclasses.fields(group):
+        kind, text = hints[field.name].__origin__, hints[field.name].__metadata__[0]
+        option = typer.Option(help=text + _default_words(group, field.name), rich_help_panel=group.HEADING)
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=Annotated[kind, option],
+            )
+        )
+    return parameters
+
+
+def _default_words(group: type[OptionGroup], name: str) -> str:
+    default = next((field.default for field in dataclasses.fields(group.DEFAULTS) if field.name == name), None) if group.DEFAULTS else None
+    if default in (None, (), dataclasses.MISSING):
+        return ""
+    if isinstance(default, bool):
+        return f" Default: {'yes' if default else 'no'}."
+    return f" Default: {default:g}." if isinstance(default, float) else f" Default: {default}."
+
+
+def _vllm_arg(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InvalidInputError("vllm_arg", "NAME=VALUE, the value in JSON or a plain string", text)
+    try:
+        return name.replace("-", "_"), msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return name.replace("-", "_"), value
