@@ -24,7 +24,7 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-DEMO_ARGS ?= --model smollm2 --task chain_sum
+DEMO_ARGS ?= --model smollm2 --task chain_sum --group-size 4 --target-groups 8 --over-provision 2 --max-tokens 256 --seed 0
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 

@@ -18,7 +18,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from longtail.engine.config import EngineConfig
-from longtail.engine.errors import EngineDeadError, EngineTimeoutError
+from longtail.engine.errors import EngineDeadError, EngineTimeoutError, InvalidInputError
 from longtail.engine.launch import StartedEngine, start_engine
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class EngineDriver:
         self.config = config
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
+        self._running_rounds: set[str] = set()
         self._death: EngineDeadError | None = None
         self._phase = "start"
         self._closed = False
@@ -65,6 +66,21 @@ class EngineDriver:
 
         """
         self._post(lambda: self._add(requests, sink))
+
+    def claim_round(self, round_id: str) -> None:
+        """Reserve a round id until `release_round`.
+
+        Raises:
+            InvalidInputError: a running round has it.
+
+        """
+        if round_id in self._running_rounds:
+            raise InvalidInputError("round_id", "an id that no running round has", round_id)
+        self._running_rounds.add(round_id)
+
+    def release_round(self, round_id: str) -> None:
+        """Let the id be used again; unknown ids are ignored."""
+        self._running_rounds.discard(round_id)
 
     def rpc(self, op: str, *, timeout_s: float, **args: Any) -> dict[str, Any]:
         """Scheduler RPC between two steps; see `CoreLink.rpc`.

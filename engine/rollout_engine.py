@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     Item = RequestOutput | Exception
 
-_POLL_S = 1.0
-PROGRESS_INTERVAL_S = 0.5
+_POLL_S = 0.5
 
 
 class RolloutEngine:
@@ -113,7 +112,7 @@ class RolloutEngine:
                 member is stopped in that very step and returned with what it has, `finish_reason="abort"`.
             over_provision: use the first `ceil(over_provision * target_groups)` prompts only.
             sampling: how every member is sampled.
-            round_id: unique among the engine's live rounds; random by default.
+            round_id: unique among the engine's running rounds; random by default.
             on_progress: called about twice a second with the scheduler's numbers.
 
         Raises:
@@ -144,7 +143,7 @@ class RolloutEngine:
 class RoundStream:
     """Trajectories of one round in the order in which they finish; `round` is there after the last one.
 
-    Leaving the loop early, or an exception in it, cancels the rest of the round.
+    An exception, `close()`, or dropping the stream before its end cancels the rest of the round.
     """
 
     def __init__(
@@ -153,9 +152,9 @@ class RoundStream:
         self._driver = driver
         self._run = run
         self._on_progress = on_progress
+        self._next_progress = time.monotonic()
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._round: Round | None = None
-        self._trajectories = self._iterate()
         run.submit(self._items.put)
 
     @property
@@ -166,30 +165,42 @@ class RoundStream:
             RuntimeError: the stream was not read to its end.
 
         """
-        if self._round is None:
-            raise RuntimeError("the round is there once its stream was read to the end")
-        return self._round
+        return _finished(self._round)
 
-    def __iter__(self) -> Iterator[Trajectory]:
-        return self._trajectories
+    def __iter__(self) -> Self:
+        return self
 
-    def _iterate(self) -> Iterator[Trajectory]:
-        next_report = time.monotonic()
+    def __next__(self) -> Trajectory:
         try:
-            while self._run.collector.num_pending:
-                if self._on_progress is not None and time.monotonic() >= next_report:
-                    self._on_progress(as_progress(self._run.progress().result(RPC_TIMEOUT_S)))
-                    next_report = time.monotonic() + PROGRESS_INTERVAL_S
-                try:
-                    wait_s = PROGRESS_INTERVAL_S if self._on_progress is not None else _POLL_S
-                    item = self._items.get(timeout=wait_s)
-                except queue.Empty:
-                    self._driver.check_stall()
-                    continue
-                yield self._run.take(item)
-            self._round = self._run.finish().result(RPC_TIMEOUT_S)
-        finally:
-            self._run.cancel()
+            if self._run.num_pending:
+                return self._run.take(self._wait())
+            if self._round is None:
+                self._round = self._run.finish().result(RPC_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancel what is still running. Safe to call at any time."""
+        self._run.cancel()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _wait(self) -> Item:
+        while True:
+            self._report_progress()
+            try:
+                return self._items.get(timeout=_POLL_S)
+            except queue.Empty:
+                self._driver.check_stall()
+
+    def _report_progress(self) -> None:
+        if self._on_progress is None or time.monotonic() < self._next_progress:
+            return
+        self._on_progress(as_progress(self._run.progress().result(RPC_TIMEOUT_S)))
+        self._next_progress = time.monotonic() + _POLL_S
 
 
 class AsyncRolloutEngine:
@@ -280,29 +291,44 @@ class AsyncRoundStream:
         self._run = run
         self._round: Round | None = None
         self._items: asyncio.Queue[Item] = asyncio.Queue()
-        self._trajectories = self._iterate()
         loop = asyncio.get_running_loop()
         run.submit(lambda item: loop.call_soon_threadsafe(self._items.put_nowait, item))
 
     @property
     def round(self) -> Round:
         """See `RoundStream.round`."""
-        if self._round is None:
-            raise RuntimeError("the round is there once its stream was read to the end")
-        return self._round
+        return _finished(self._round)
 
-    def __aiter__(self) -> AsyncIterator[Trajectory]:
-        return self._trajectories
+    def __aiter__(self) -> Self:
+        return self
 
-    async def _iterate(self) -> AsyncIterator[Trajectory]:
+    async def __anext__(self) -> Trajectory:
         try:
-            while self._run.collector.num_pending:
-                try:
-                    item = await asyncio.wait_for(self._items.get(), _POLL_S)
-                except TimeoutError:
-                    self._driver.check_stall()
-                    continue
-                yield self._run.take(item)
-            self._round = await asyncio.wait_for(asyncio.wrap_future(self._run.finish()), RPC_TIMEOUT_S)
-        finally:
-            self._run.cancel()
+            if self._run.num_pending:
+                return self._run.take(await self._wait())
+            if self._round is None:
+                self._round = await asyncio.wait_for(asyncio.wrap_future(self._run.finish()), RPC_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """See `RoundStream.close`."""
+        self._run.cancel()
+
+    def __del__(self) -> None:
+        self.close()
+
+    async def _wait(self) -> Item:
+        while True:
+            try:
+                return await asyncio.wait_for(self._items.get(), _POLL_S)
+            except TimeoutError:
+                self._driver.check_stall()
+
+
+def _finished(round_: Round | None) -> Round:
+    if round_ is None:
+        raise RuntimeError("the round is there once its stream was read to the end")
+    return round_

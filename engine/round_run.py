@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from longtail.engine.vllm_args import sampling_params
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
+
+    from longtail.engine.core_link import CoreLink
 
 RPC_TIMEOUT_S = 60.0
 
@@ -66,7 +69,14 @@ class RoundRun:
             tokenizer=driver.engine.tokenizer,
             limits=driver.engine.limits,
         )
-        self.collector = RoundCollector(self.plan)
+        self._collector = RoundCollector(self.plan)
+        self._ended = False
+        driver.claim_round(self.plan.round_id)
+
+    @property
+    def num_pending(self) -> int:
+        """Members without a final output."""
+        return self._collector.num_pending
 
     def submit(self, deliver: Callable[[RequestOutput | Exception], None]) -> None:
         """Hand every member to the engine."""
@@ -83,7 +93,7 @@ class RoundRun:
         """Turn what `deliver` got into a trajectory, or raise it."""
         if isinstance(item, Exception):
             raise item
-        return self.collector.add(item)
+        return self._collector.add(item)
 
     def progress(self) -> Future[dict[str, Any]]:
         """Ask the scheduler for the round's numbers."""
@@ -91,21 +101,30 @@ class RoundRun:
 
     def finish(self) -> Future[Round]:
         """Once nothing is pending: take the scheduler's numbers and forget the round there."""
-        return self._driver.call_later(
-            lambda link: self.collector.round(link.rpc("forget_round", round=self.plan.round_id))
-        )
+
+        def take_numbers(link: CoreLink) -> Round:
+            counts = link.rpc("forget_round", round=self.plan.round_id)
+            self._end()
+            return self._collector.round(counts)
+
+        return self._driver.call_later(take_numbers)
 
     def cancel(self) -> None:
-        """Stop the members that are still running; their final outputs go nowhere."""
+        """Stop and forget the round unless it ended; final outputs still to come go nowhere."""
+        if self._ended:
+            return
+        self._end()
 
-        def close(link: Any) -> None:
+        def stop(link: CoreLink) -> None:
             link.rpc("close_round", round=self.plan.round_id)
+            link.rpc("forget_round", round=self.plan.round_id)
 
-        if self.collector.num_pending:
-            try:
-                self._driver.call_later(close)
-            except EngineDeadError:
-                return
+        with contextlib.suppress(EngineDeadError):
+            self._driver.call_later(stop)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._driver.release_round(self.plan.round_id)
 
 
 def as_progress(counts: dict[str, Any]) -> RoundProgress:

@@ -68,6 +68,8 @@ def build_vllm_config(config: EngineConfig, model_dir: Path) -> VllmConfig:
         vllm_config = args.create_engine_config()
     except (ValueError, NotImplementedError) as error:
         raise InvalidInputError("engine", f"a configuration that vLLM takes ({error})", config.model) from error
+    if config.async_scheduling and not vllm_config.scheduler_config.async_scheduling:
+        raise InvalidInputError("engine.async_scheduling", "unset, because vLLM turns it off here", True)
     parallel = vllm_config.parallel_config
     if current_platform.is_cpu() and parallel.world_size == 1:
         # vLLM puts a CPU worker into one more process only to set its OpenMP environment, which `runtime.py` has set.

@@ -167,6 +167,10 @@ def test_clean_install_has_typed_modules_entry_points_and_no_generic_top_level_n
     assert all(not origin.is_relative_to(ROOT) for origin in origins)
 
 
+def test_command_line_explains_itself_without_vllm(installed: Installed) -> None:
+    assert "rollout" in run(installed.python.with_name("longtail"), "--help", cwd=installed.python.parent)
+
+
 def test_a_leaked_folder_and_a_missing_entry_point_module_are_noticed(installed: Installed) -> None:
     """Negative control: with the sources on the path, `engine` is a top-level name."""
     found = installed.probe(["longtail.engine.no_such_module"], {"PYTHONPATH": str(ROOT)})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import typer
@@ -42,6 +43,29 @@ class StoppedBySignal(BaseException):
         super().__init__(signal.Signals(number).name)
 
 
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """Inside, the first SIGINT or SIGTERM raises `StoppedBySignal`; the second ends the process at once.
+
+    Outside of the main thread, where Python has no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: object) -> None:
+        for handled in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(handled, signal.SIG_DFL)
+        raise StoppedBySignal(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def describe(error: Exception, flag_of: Callable[[str], str] = str) -> str:
     """The error in one line."""
     if isinstance(error, InvalidInputError):
@@ -63,13 +87,11 @@ def errors_as_lines(flag_of: Callable[[str], str], *, debug: bool) -> Iterator[N
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         yield
-    except (typer.Exit, typer.Abort, typer.TyperException):
+    except typer.Exit:
         raise
     except StoppedBySignal as stop:
+        console.print(f"stopped by {stop}")
         raise typer.Exit(128 + stop.number) from None
-    except KeyboardInterrupt:
-        console.print("stopped")
-        raise typer.Exit(128 + signal.SIGINT) from None
     except Exception as error:
         if debug:
             console.print_exception()

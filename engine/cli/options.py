@@ -13,22 +13,29 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import msgspec
 import typer
 
 from longtail.engine.cli.failures import errors_as_lines
-from longtail.engine.config import CoreMode, Dtype, EngineConfig, RuntimeConfig, SamplingConfig
+from longtail.engine.config import CoreMode, EngineConfig, RuntimeConfig, SamplingConfig
 from longtail.engine.errors import InvalidInputError
-from longtail.engine.models import SMOLLM2
+
+DEFAULT_MODEL = "smollm2"
+DEFAULT_NUM_PROMPTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptionGroup:
-    """Options under one heading of the help. A field's annotation carries its help."""
+    """Options under one heading of the help, the yes-or-no ones under `SWITCHES` if it is set.
+
+    A field's annotation carries its help; its default is taken from the field of that name in `DEFAULTS`.
+    """
 
     HEADING: ClassVar[str]
+    SWITCHES: ClassVar[str | None] = None
     DEFAULTS: ClassVar[type | None] = None
 
     def given(self) -> dict[str, Any]:
@@ -44,8 +51,29 @@ class ModelOptions(OptionGroup):
     HEADING = "Model"
 
     model: Annotated[
-        str | None, f"A local checkpoint folder, or {SMOLLM2}, which is built when needed. Default: {SMOLLM2}."
+        str | None, "A local checkpoint folder, or smollm2, which is built when needed. Default: smollm2."
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundOptions(OptionGroup):
+    """What to roll out."""
+
+    HEADING = "Round"
+
+    prompts: Annotated[
+        Path | None, "JSON Lines file; a line has token_ids, text or messages, and optionally id and metadata."
+    ] = None
+    task: Annotated[str | None, "A reasoning-gym task by name, instead of a file; its answers are scored."] = None
+    num_prompts: Annotated[
+        int | None,
+        "Use so many prompts. Default: target-groups x over-provision; without a target all of a file, "
+        f"{DEFAULT_NUM_PROMPTS} of a task.",
+    ] = None
+    task_seed: Annotated[int | None, "Of the task's prompts. Default: 0."] = None
+    group_size: Annotated[int | None, "Samples of each prompt. Default: 1."] = None
+    target_groups: Annotated[int | None, "End the round when so many groups are complete. Default: all."] = None
+    over_provision: Annotated[float | None, "Run so many prompts for each group of the target. Default: 1."] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +81,12 @@ class EngineOptions(OptionGroup):
     """Fields of `EngineConfig`."""
 
     HEADING = "Engine"
+    SWITCHES = "Engine switches"
     DEFAULTS = EngineConfig
 
-    dtype: Annotated[Dtype | None, "Of weights and KV; auto is float32 on a CPU, the checkpoint's own elsewhere."] = (
-        None
-    )
+    dtype: Annotated[
+        str | None, "float32, bfloat16, float16 or auto, which is float32 on a CPU, the checkpoint's own elsewhere."
+    ] = None
     max_model_len: Annotated[int | None, "Longest prompt + output in tokens. Default: the checkpoint's."] = None
     max_num_seqs: Annotated[int | None, "How many trajectories run at once."] = None
     max_num_batched_tokens: Annotated[int | None, "Tokens of one step. Default: vLLM's choice."] = None
@@ -109,7 +138,7 @@ class CommonOptions(OptionGroup):
 
     HEADING = "Output"
 
-    verbose: Annotated[bool, "Show what vLLM prints."] = False
+    verbose: Annotated[bool, "Show what the engine prints instead of keeping it in a file."] = False
     debug: Annotated[bool, "Show tracebacks."] = False
 
 
@@ -117,8 +146,6 @@ CoreOption = Annotated[
     CoreMode | None,
     typer.Option(help="Engine core in its own process or in this one. Default: process.", rich_help_panel="Engine"),
 ]
-
-_CONFIGS = (ModelOptions, EngineOptions, RuntimeOptions, SamplingOptions)
 
 
 def engine_fields(engine: EngineOptions, runtime: RuntimeOptions, core: CoreMode | None = None) -> dict[str, Any]:
@@ -193,20 +220,21 @@ def _parameters(group: type[OptionGroup]) -> list[inspect.Parameter]:
     parameters = []
     for field in dataclasses.fields(group):
         kind, text = hints[field.name].__origin__, hints[field.name].__metadata__[0]
-        option = typer.Option(help=text + _default_words(group, field.name), rich_help_panel=group.HEADING)
+        # typer adds the --no- form of a switch, in a column of its own, which leaves little room to a long list.
+        names = (f"--{field.name.replace('_', '-')}",) if kind is bool else ()
+        heading = group.SWITCHES if group.SWITCHES and kind == bool | None else group.HEADING
+        option = typer.Option(*names, help=text + _default_words(group, field.name), rich_help_panel=heading)
         parameters.append(
             inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=Annotated[kind, option],
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option]
             )
         )
     return parameters
 
 
 def _default_words(group: type[OptionGroup], name: str) -> str:
-    default = next((field.default for field in dataclasses.fields(group.DEFAULTS) if field.name == name), None) if group.DEFAULTS else None
+    defaults = {} if group.DEFAULTS is None else {f.name: f.default for f in dataclasses.fields(group.DEFAULTS)}
+    default = defaults.get(name)
     if default in (None, (), dataclasses.MISSING):
         return ""
     if isinstance(default, bool):

@@ -9,6 +9,7 @@ first one after `import numba`, dies with `'_lib_fn_wrapper' object has no attri
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from longtail.engine.patches.entry import Change, Entry, Source
@@ -17,11 +18,15 @@ from longtail.engine.patches.entry import Change, Entry, Source
 def _make_vars(stock: None, owner: Any) -> Any:
     """A `vars` for the scanning module, which shadows the built-in one there."""
 
-    def vars_of(value: object) -> Mapping[str, Any]:
-        namespace = vars(value)
-        return namespace if isinstance(namespace, Mapping) else {}
+    def real_vars(value: object) -> Mapping[str, Any]:
+        try:
+            # Past any `__getattr__`, which is where the trouble comes from.
+            namespace = object.__getattribute__(value, "__dict__")
+        except AttributeError:
+            return {}
+        return namespace if isinstance(namespace, (dict, MappingProxyType)) else {}
 
-    return vars_of
+    return real_vars
 
 
 def _make_register_once(stock: Any, owner: type) -> Any:

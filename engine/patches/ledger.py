@@ -186,19 +186,21 @@ def verify(processes: Iterable[ProcessState]) -> None:
         PatchLedgerError: names each process and entry that is missing.
 
     """
-    missing = []
+    faults: list[str] = []
     for process in processes:
         found = {entry.name: entry for entry in process.entries}
-        for name in (entry.name for entry in ENTRIES):
-            entry_state = found.get(name, EntryState(name, "missing", "another version of longtail"))
-            if entry_state.state == "missing":
-                missing.append(f"{name} in {process.process} (pid {process.pid}): {entry_state.detail}")
-    if missing:
+        missing = []
+        for entry in ENTRIES:
+            state = found.get(entry.name, EntryState(entry.name, "missing", "another version of longtail"))
+            if state.state == "missing":
+                missing.append(f"{entry.name} is missing in {process.process} (pid {process.pid}): {state.detail}")
+        if len(missing) == len(ENTRIES):
+            missing = [f"every entry is missing in {process.process} (pid {process.pid})"]
+        faults += missing
+    if faults:
         raise PatchLedgerError(
-            "the patch ledger is incomplete, the engine would give wrong results: "
-            + "; ".join(missing)
-            + ". Install longtail and vLLM in one environment that all processes use: "
-            + _INSTALL
+            f"the patch ledger is incomplete, so an engine would give wrong results: {'; '.join(faults)}. Install "
+            f"longtail and vLLM {', '.join(SUPPORTED_VERSIONS)} in the one environment that all its processes use"
         )
 
 

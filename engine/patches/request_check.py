@@ -20,7 +20,7 @@ def request_error_class() -> Callable[[InvalidInputError], InvalidInputError]:
     """Our error for a wrong field that is vLLM's `VLLMValidationError` too."""
     from vllm.exceptions import VLLMValidationError
 
-    class InvalidRequestError(InvalidInputError, VLLMValidationError):  # type: ignore[misc]
+    class InvalidRequestError(InvalidInputError, VLLMValidationError):
         """A field of a request is wrong."""
 
         def __init__(self, error: InvalidInputError) -> None:

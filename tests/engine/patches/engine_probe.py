@@ -96,9 +96,10 @@ def count_pairs(rows: list[list[int]]) -> list[list[int]]:
 
 
 def speculative(model_dir: str) -> dict[str, Any]:
-    from longtail.engine.patches import ledger
     from vllm import SamplingParams
     from vllm.v1.sample import rejection_sampler
+
+    from longtail.engine.patches import ledger
 
     config = {"method": "custom_class", "model": "ragged_proposer.RaggedProposer", "num_speculative_tokens": 3}
     params = SamplingParams(**SAMPLING, max_tokens=4, ignore_eos=True, detokenize=False)
@@ -118,12 +119,15 @@ def speculative(model_dir: str) -> dict[str, Any]:
 
 
 def seeded(model_dir: str) -> dict[str, Any]:
-    from longtail.engine.patches import ledger
     from vllm import SamplingParams
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+    from longtail.engine.patches import ledger
+
     params = [
-        SamplingParams(temperature=1.0, seed=None if j == 1 else 10 + j, max_tokens=8, ignore_eos=True, detokenize=False)
+        SamplingParams(
+            temperature=1.0, seed=None if j == 1 else 10 + j, max_tokens=8, ignore_eos=True, detokenize=False
+        )
         for j in range(len(SEEDED_PROMPTS))
     ]
     with engine(model_dir, enable_prefix_caching=False) as llm:

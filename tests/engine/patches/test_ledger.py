@@ -172,7 +172,9 @@ def test_a_place_that_something_else_changed_later_is_missing(monkeypatch: pytes
 
     ledger.verify([ledger.states()])
     monkeypatch.setattr(cpu_triton_utils, "_expand_kernel_impl", lambda *args: None)
-    with pytest.raises(PatchLedgerError, match=r"cpu-expand in front end \(pid \d+\): .*changed again after"):
+    with pytest.raises(
+        PatchLedgerError, match=r"cpu-expand is missing in front end \(pid \d+\): .*changed again after"
+    ):
         ledger.verify([ledger.states()])
 
 
@@ -196,7 +198,7 @@ def test_preflight_passes_here() -> None:
 @pytest.mark.parametrize("allowed", ["", "other", "other,longtail_rollouts"])
 def test_a_plugin_allowlist_without_us_is_an_error(monkeypatch: pytest.MonkeyPatch, allowed: str) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", allowed)
-    with pytest.raises(PatchLedgerError, match="VLLM_PLUGINS=.* leaves out 'longtail'"):
+    with pytest.raises(PatchLedgerError, match=r"VLLM_PLUGINS=.* leaves out 'longtail'"):
         ledger.preflight()
 
 
@@ -228,7 +230,7 @@ def test_a_process_that_leaves_the_plugin_out_reports_every_entry_missing() -> N
     )
     state = msgspec.json.decode(done.stdout.splitlines()[-1], type=ledger.ProcessState)
     assert {entry.state for entry in state.entries} == {"missing"}
-    with pytest.raises(PatchLedgerError, match=rf"cpu-expand in engine core \(pid {state.pid}\)"):
+    with pytest.raises(PatchLedgerError, match=rf"every entry is missing in engine core \(pid {state.pid}\)"):
         ledger.verify([state])
 
 
@@ -262,14 +264,16 @@ def test_a_complete_engine_verifies(state: str) -> None:
 
 def test_a_missing_entry_names_process_pid_and_entry() -> None:
     ledger.apply()
-    with pytest.raises(PatchLedgerError, match=r"cpu-expand in worker 3 \(pid 41\): its detail"):
+    with pytest.raises(PatchLedgerError, match=r"cpu-expand is missing in worker 3 \(pid 41\): its detail"):
         ledger.verify_engine(lambda *args: answer(states_with("cpu-expand", "missing")))
 
 
 def test_an_entry_that_a_process_has_never_heard_of_is_missing() -> None:
     known = states_with("cpu-expand", "applied")
     older = msgspec.structs.replace(known, entries=known.entries[:-1])
-    with pytest.raises(PatchLedgerError, match="cpu-seeded-prefill in worker 3 .*another version of longtail"):
+    with pytest.raises(
+        PatchLedgerError, match=r"cpu-seeded-prefill is missing in worker 3 .*another version of longtail"
+    ):
         ledger.verify([older])
 
 

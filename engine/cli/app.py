@@ -1,0 +1,131 @@
+"""The `longtail` command: options in, exit code out.
+
+Each command checks its options and hands over; what needs vLLM or torch is imported when a command has got that far,
+so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from longtail.engine.cli.options import (
+    CommonOptions,
+    CoreOption,
+    EngineOptions,
+    ModelOptions,
+    RoundOptions,
+    RuntimeOptions,
+    SamplingOptions,
+    command,
+    engine_fields,
+)
+from longtail.engine.errors import InvalidInputError
+
+app = typer.Typer(
+    help="Rollouts of language models for reinforcement learning, on vLLM whose scheduler ends a round itself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="longtail")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        Console().print(f"longtail {metadata.version('longtail')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@command
+def rollout(
+    round_options: RoundOptions,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    engine: EngineOptions,
+    runtime: RuntimeOptions,
+    common: CommonOptions,
+    core: CoreOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the trajectories, one JSON object a line.", rich_help_panel="Files")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace that file.", rich_help_panel="Files")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="File for a web page about the round.", rich_help_panel="Files")
+    ] = None,
+    continue_: Annotated[
+        Path | None,
+        typer.Option("--continue", help="Run what this file lacks; needs no other option.", rich_help_panel="Files"),
+    ] = None,
+) -> None:
+    """Generate groups of answers until enough groups are complete; write each answer to a file as it ends.
+
+    A run that was stopped is completed with: longtail rollout --continue FILE
+    """
+    from longtail.engine.cli.rollout import check_files, run_rollout
+    from longtail.engine.cli.rollout_request import continued_request, new_request
+
+    if (out is None) == (continue_ is None):
+        raise InvalidInputError("out", "exactly one of --out FILE and --continue FILE", None if out is None else str(out))
+    fields = engine_fields(engine, runtime, core)
+    if continue_ is not None:
+        if overwrite:
+            raise InvalidInputError("overwrite", "not with --continue", overwrite)
+        check_files(continue_, report, overwrite=True)
+        request = continued_request(continue_, round_options, model.model, sampling.given(), fields)
+        if request is None:
+            Console().print(f"{continue_} is complete: nothing to run", soft_wrap=True, highlight=False, markup=False)
+            return
+    else:
+        assert out is not None
+        request = new_request(out, round_options, model.model, sampling.given(), fields)
+        check_files(out, report, overwrite=overwrite)
+    run_rollout(request, report, overwrite=overwrite, verbose=common.verbose)
+
+
+@app.command()
+@command
+def model(
+    common: CommonOptions,
+    name: Annotated[str, typer.Argument(help="smollm2, or a checkpoint folder to check.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the stored weights of smollm2.")
+    ] = "float32",
+    verify: Annotated[bool, typer.Option("--verify", help="Check the checksum of every file.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build anew, whatever is there.")] = False,
+) -> None:
+    """Make a model ready to use, and print its folder."""
+    from longtail.engine.cli.model import make_ready
+
+    folder = make_ready(name, dtype, Console(stderr=True), verify=verify, rebuild=rebuild)
+    print(folder)
+
+
+@app.command()
+@command
+def doctor(common: CommonOptions) -> None:
+    """Check the installation: versions, platform, and every change that longtail makes to vLLM."""
+    from longtail.engine.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(Console()))

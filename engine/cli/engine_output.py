@@ -1,0 +1,82 @@
+"""Where the engine's own output goes: into a log file, so that the terminal shows the command's lines only.
+
+vLLM, the libraries below it and the engine-core process write to the file descriptors 1 and 2: log lines, progress
+bars of the weights, C++ messages, tracebacks. `engine_output_to` points both at a file while the engine lives, and
+gives back a console on the terminal that was there before. longtail's own log lines, such as the one that says how
+the CPU is used, are shown on that console.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from longtail.engine.trajectory_lines import named_os_error
+
+_ERROR_LINE = re.compile(r"\b((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): .+)$")
+_TAIL_BYTES = 65_536
+
+
+@contextlib.contextmanager
+def engine_output_to(log: Path) -> Iterator[Console]:
+    """Send what this process and its children print to the end of `log`; the console inside still is the terminal's."""
+    with named_os_error(log, "the engine's output cannot be written"):
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
+    terminal = os.fdopen(os.dup(kept[1]), "w", encoding="utf-8", errors="replace")
+    console = Console(file=terminal)
+    try:
+        for number in kept:
+            os.dup2(descriptor, number)
+        with longtail_log_on(console):
+            yield console
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, original in kept.items():
+            os.dup2(original, number)
+            os.close(original)
+        os.close(descriptor)
+        terminal.close()
+
+
+@contextlib.contextmanager
+def longtail_log_on(console: Console) -> Iterator[None]:
+    """Show longtail's own log lines of this process, from INFO on."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+    logger = logging.getLogger("longtail")
+    handler, before = Lines(), (logger.level, logger.propagate)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+def last_error_in(log: Path) -> str | None:
+    """The last line of the log that names an exception: the root cause that vLLM only points at."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    found = [match[1] for line in lines if (match := _ERROR_LINE.search(line))]
+    return found[-1] if found else None
