@@ -25,9 +25,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import bench_io
 import scheduler_harness
-from longtail.scheduler.rollout_scheduler import RolloutScheduler
 from scheduler_harness import SchedulerHarness
 from vllm.v1.core.sched.scheduler import Scheduler
+
+from longtail.scheduler.rollout_scheduler import RolloutScheduler
 
 NUM_REQUESTS = 1024
 GROUP_SIZE = 8

@@ -16,7 +16,7 @@ from longtail.engine.errors import InvalidInputError
 CoreMode = Literal["process", "inline"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-_MAX_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -132,7 +132,7 @@ class EngineConfig:
         _check_float("engine.kv_cache_gib", self.kv_cache_gib, 0.0, open_low=True)
         if self.gpu_memory_utilization is not None:
             _check_float("engine.gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_low=True)
-        _check_int("engine.seed", self.seed, 0, _MAX_SEED)
+        _check_int("engine.seed", self.seed, 0, MAX_SEED)
         for name in ("start_timeout_s", "stall_timeout_s"):
             _check_float(f"engine.{name}", getattr(self, name), 0.0, open_low=True)
         own = set(self.__dataclass_fields__) | {"scheduler_cls", "logprobs_mode", "skip_tokenizer_init"}
@@ -175,17 +175,16 @@ class SamplingConfig:
         _check_int("sampling.top_k", self.top_k, 0)
         _check_int("sampling.max_tokens", self.max_tokens, 1)
         _check_int("sampling.min_tokens", self.min_tokens, 0, self.max_tokens)
-        for name, kind in (("stop", str), ("stop_token_ids", int)):
-            values = getattr(self, name)
-            if not isinstance(values, (tuple, list)):
-                raise InvalidInputError(f"sampling.{name}", f"a list of {kind.__name__}", values)
-            for i, value in enumerate(values):
-                if not isinstance(value, kind) or isinstance(value, bool) or value in ("",):
-                    raise InvalidInputError(f"sampling.{name}[{i}]", f"a non-empty {kind.__name__}", value)
-                if kind is int and value < 0:
-                    raise InvalidInputError(f"sampling.{name}[{i}]", "a token id >= 0", value)
-            object.__setattr__(self, name, tuple(values))
+        for name in ("stop", "stop_token_ids"):
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise InvalidInputError(f"sampling.{name}", "a list", getattr(self, name))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for i, text in enumerate(self.stop):
+            if not isinstance(text, str) or not text:
+                raise InvalidInputError(f"sampling.stop[{i}]", "a non-empty string", text)
+        for i, token_id in enumerate(self.stop_token_ids):
+            _check_int(f"sampling.stop_token_ids[{i}]", token_id, 0)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidInputError("sampling.ignore_eos", "true or false", self.ignore_eos)
         if self.seed is not None:
-            _check_int("sampling.seed", self.seed, 0, _MAX_SEED)
+            _check_int("sampling.seed", self.seed, 0, MAX_SEED)

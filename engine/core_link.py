@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import multiprocessing.connection
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longtail.scheduler.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from vllm.v1.engine.core_client import EngineCoreClient
 
 
 class CoreLink:
     """Wraps the `engine_core` client of an `LLMEngine`, inline or with a core process."""
 
-    def __init__(self, client: EngineCoreClient) -> None:
+    def __init__(self, client: Any) -> None:
         self._client: Any = client
-        self._inline_core = getattr(client, "engine_core", None)
+        self._inline_core: Any = getattr(client, "engine_core", None)
         self._closing = threading.Event()
         if self._inline_core is None:
             processes = list(self._client.resources.engine_manager.processes)

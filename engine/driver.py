@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from longtail.engine.config import EngineConfig
 from longtail.engine.errors import EngineDeadError, EngineTimeoutError, InvalidInputError
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 #: Gets a request's final output, or the exception that ended it. Called in the driver's thread: must not block.
-Sink = Callable[["RequestOutput | Exception"], None]
+Sink = Callable[["RequestOutput | Exception"], object]
 
 
 class EngineDriver:
@@ -182,7 +182,7 @@ class EngineDriver:
             self._fail_all(death if isinstance(death, EngineDeadError) else self._died(error))
             return
         self.last_progress = time.monotonic()
-        for output in outputs:
+        for output in cast("list[RequestOutput]", outputs):
             if output.finished and (sink := self._sinks.pop(output.request_id, None)) is not None:
                 sink(output)
 

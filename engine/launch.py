@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from longtail.engine.config import EngineConfig
 from longtail.engine.core_link import CoreLink
 from longtail.engine.models import resolve_model
+from longtail.engine.patches import ledger
 from longtail.engine.prompts import PromptLimits, Tokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def start_engine(config: EngineConfig) -> StartedEngine:
 
     """
     model_dir = resolve_model(config.model)
+    ledger.preflight()
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor.abstract import Executor
 
@@ -58,10 +60,16 @@ def start_engine(config: EngineConfig) -> StartedEngine:
         multiprocess_mode=config.core == "process",
     )
     model_config = vllm_config.model_config
-    return StartedEngine(
+    started = StartedEngine(
         llm_engine=llm_engine,
         link=CoreLink(llm_engine.engine_core),
         tokenizer=llm_engine.tokenizer,
         limits=PromptLimits(model_config.get_vocab_size(), model_config.max_model_len),
         model_dir=model_dir,
     )
+    try:
+        ledger.verify_engine(started.link.call)
+    except BaseException:
+        started.shutdown()
+        raise
+    return started

@@ -12,14 +12,13 @@ from typing import Any, Protocol
 
 from longtail.engine.errors import InvalidInputError
 
+
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that prompts need."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
-    def apply_chat_template(
-        self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str: ...
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +98,10 @@ def tokenize_prompts(
     return checked
 
 
-def _budgets(value: object, group_size: int, where: str) -> list[int] | None:
+def _budgets(value: int | Sequence[int] | None, group_size: int, where: str) -> list[int] | None:
     if value is None:
         return None
-    budgets = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * group_size
+    budgets = [value] * group_size if isinstance(value, int) else list(value)
     if len(budgets) != group_size:
         raise InvalidInputError(where, f"one budget, or {group_size} (group_size)", value)
     for budget in budgets:
@@ -177,6 +176,6 @@ def _render_chat(messages: Sequence[Mapping[str, Any]], where: str, tokenizer: T
             _checked_text(message.get(name), f"{where}[{i}].{name}")
         conversation.append(dict(message))
     try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # templates are arbitrary Jinja and raise what they like
         raise InvalidInputError(where, f"messages that the chat template takes ({error})", conversation) from error

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from longtail.engine.config import SamplingConfig
-from longtail.engine.driver import EngineDriver
+from longtail.engine.driver import EngineDriver, Sink
 from longtail.engine.errors import EngineDeadError, InvalidInputError
 from longtail.engine.rounds import RoundCollector, RoundPlan, plan_round
 from longtail.engine.trajectory import Round, Trajectory
@@ -78,7 +78,7 @@ class RoundRun:
         """Members without a final output."""
         return self._collector.num_pending
 
-    def submit(self, deliver: Callable[[RequestOutput | Exception], None]) -> None:
+    def submit(self, deliver: Sink) -> None:
         """Hand every member to the engine."""
         sampling = self.plan.sampling
         self._driver.submit(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from longtail.engine.config import SamplingConfig
+from longtail.engine.config import MAX_SEED, SamplingConfig
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.prompts import PromptLimits, Tokenizer, TokenPrompt, tokenize_prompts
 from longtail.engine.trajectory import (
@@ -119,6 +119,8 @@ def plan_round(
         if isinstance(prompts, Sequence):
             prompts = prompts[: math.ceil(over_provision * target_groups)]
     checked = tokenize_prompts(prompts, group_size, tokenizer, limits)
+    if sampling.seed is not None and sampling.seed + len(checked) * group_size > MAX_SEED:
+        raise InvalidInputError("sampling.seed", f"room for {len(checked) * group_size} seeds", sampling.seed)
     if target_groups is None:
         target_groups = len(checked)
     elif target_groups > len(checked):
@@ -202,7 +204,7 @@ def _stats(groups: list[Group], counts: dict[str, Any], seconds: float) -> Round
 
 
 def _trajectory(member: MemberPlan, output: RequestOutput) -> Trajectory:
-    completion = output.outputs[0]
+    completion: Any = output.outputs[0]
     token_ids = list(completion.token_ids)
     report = report_of(output.kv_transfer_params)
     metadata = member.metadata

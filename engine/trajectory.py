@@ -106,8 +106,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("logprobs", "source_mask"):
             if (length := len(getattr(self, name))) != num_tokens:
                 raise ValueError(
-                    f"trajectory {self.trajectory_id}: {name} has length {length}, "
-                    f"output_token_ids has {num_tokens}"
+                    f"trajectory {self.trajectory_id}: {name} has length {length}, output_token_ids has {num_tokens}"
                 )
         covered = 0
         for span in self.weight_versions:

@@ -110,9 +110,7 @@ def parse_metadata(value: object) -> RolloutMetadata:
         if not 1 <= number <= high:
             raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", f"an integer in [1, {high}]", number)
     if not 0 <= metadata.index < metadata.group_size:
-        raise InvalidInputError(
-            f"{EXTRA_ARGS_KEY}.index", f"an integer in [0, {metadata.group_size})", metadata.index
-        )
+        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.index", f"an integer in [0, {metadata.group_size})", metadata.index)
     return metadata
 
 

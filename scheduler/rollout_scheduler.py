@@ -146,9 +146,7 @@ class RolloutMixin(_Base):
                 outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(output)
         return outputs
 
-    def finish_requests(
-        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
-    ) -> list[Request]:
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
         finished = super().finish_requests(request_ids, finished_status)
         # Errors found inside a step get an output in that step and are counted there.
         if self._members and finished_status is RequestStatus.FINISHED_ABORTED:

@@ -32,9 +32,7 @@ def tiny_config(tiny_model: Path) -> EngineConfig:
     """A small engine on the tiny model, core in its own process."""
     from longtail.engine import EngineConfig
 
-    return EngineConfig(
-        model=str(tiny_model), block_size=32, max_model_len=1024, max_num_seqs=64, kv_cache_gib=0.1
-    )
+    return EngineConfig(model=str(tiny_model), block_size=32, max_model_len=1024, max_num_seqs=64, kv_cache_gib=0.1)
 
 
 @pytest.fixture(scope="session")

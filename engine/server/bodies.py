@@ -1,15 +1,12 @@
 """The JSON of `/v1/rollouts`: the request body, checked, and the lines of the answer.
 
-A body that cannot be decoded is an `InvalidInputError` that names the field, by its path in the body. What the prompts
-and numbers mean is checked where every caller's are: in `longtail.engine.rounds` and `longtail.engine.config`.
+A body of the wrong shape is an `InvalidInputError` that names the field, by its path in the body. What the prompts and
+numbers mean is checked where every caller's are: in `longtail.engine.rounds` and `longtail.engine.config`.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -30,6 +27,7 @@ class PromptBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     group_id: str | None = None
+    max_tokens: int | list[Any] | None = None
     metadata: dict[str, Any] = {}
 
 
@@ -110,30 +108,19 @@ def trajectory_line(trajectory: Trajectory) -> TrajectoryLine:
     return TrajectoryLine(**{name: getattr(trajectory, name) for name in Trajectory.__struct_fields__})
 
 
-def decode_body(body: bytes) -> RolloutBody:
-    """Decode the body of `POST /v1/rollouts`.
+def parse_body(value: Any) -> RolloutBody:
+    """The body of `POST /v1/rollouts` from its JSON.
 
     Raises:
-        InvalidInputError: names the field, or `body` when it is not JSON at all.
+        InvalidInputError: names the field, or `body` when it is no object.
 
     """
-    try:
-        raw = msgspec.json.decode(body)
-    except RecursionError as error:
-        raise InvalidInputError("body", "JSON that is not nested so deeply", f"{len(body)} bytes") from error
-    except (msgspec.DecodeError, UnicodeError) as error:
-        _refuse_nan(body)
-        raise InvalidInputError("body", f"JSON in UTF-8 ({error})", body) from error
-    if not isinstance(raw, dict):
-        raise InvalidInputError("body", "an object", raw)
-    return _convert(raw, RolloutBody, "")
+    return _convert(value, RolloutBody, "")
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
     try:
         return msgspec.convert(value, kind)
-    except RecursionError as error:
-        raise InvalidInputError(where or "body", "JSON that is not nested so deeply", type(value).__name__) from error
     except msgspec.ValidationError as error:
         message = str(error)
         match = _JSON_PATH.search(message)
@@ -154,23 +141,3 @@ def _look_up(value: Any, path: str) -> Any:
             return value
         value = value[name]
     return value
-
-
-def _refuse_nan(body: bytes) -> None:
-    """If the only thing wrong is a `NaN` or `Infinity`, which Python and JavaScript write, name its field."""
-    try:
-        path, number = next(_not_finite(json.loads(body), ""))
-    except (ValueError, RecursionError, StopIteration):
-        return
-    raise InvalidInputError(path or "body", "a finite number", number)
-
-
-def _not_finite(value: Any, path: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float) and not math.isfinite(value):
-        yield path, value
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _not_finite(item, f"{path}.{name}" if path else name)
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _not_finite(item, f"{path}[{i}]")

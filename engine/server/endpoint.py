@@ -10,9 +10,12 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
+from starlette.exceptions import HTTPException
+
 from longtail.engine.errors import LongtailError
 from longtail.engine.server import problems
 from longtail.engine.server.guard import BodyLimit, KeyGuard
+from longtail.engine.server.json_door import JsonDoor
 from longtail.engine.server.metrics import CountersCollector, FreshCounters
 from longtail.engine.server.rollouts import RolloutService, router
 from longtail.engine.server.scheduler_link import SchedulerLink
@@ -41,8 +44,10 @@ class LongtailEndpoints:
         app.include_router(router)
         app.add_exception_handler(LongtailError, problems.handle)
         app.add_exception_handler(problems.BodyTooLargeError, problems.handle)
+        app.add_exception_handler(HTTPException, problems.handle_http)
         server: ServerConfig | None = getattr(app.state.args, "longtail_server", None)
         app.add_middleware(FreshCounters, collector=self._collector)
+        app.add_middleware(JsonDoor)
         app.add_middleware(BodyLimit, max_bytes=server.max_body_bytes if server else MAX_BODY_BYTES)
         app.add_middleware(KeyGuard, keys=_keys(app.state.args))
         get_prometheus_registry().register(self._collector)

@@ -80,6 +80,19 @@ async def handle(request: Request, error: Exception) -> JSONResponse:
     return problem_response(error)
 
 
+async def handle_http(request: Request, error: HTTPException) -> JSONResponse:
+    """For what the router itself refuses; Starlette answers in another shape."""
+    expected, got = error.detail, None
+    field = {HTTPStatus.METHOD_NOT_ALLOWED: "method", HTTPStatus.NOT_FOUND: "path"}.get(HTTPStatus(error.status_code))
+    if field is not None:
+        got = request.method if field == "method" else request.url.path
+        expected = f"one of {(error.headers or {}).get('Allow', 'others')}" if field == "method" else "a known path"
+    message = error.detail if field is None else f"{field}: expected {expected}, got {got}"
+    code = error.status_code
+    body = {"message": message, "type": HTTPStatus(code).phrase, "code": code, "param": field, "field": field}
+    return JSONResponse({"error": {**body, "expected": expected, "got": got}}, code, error.headers)
+
+
 def _type_name(error: Exception) -> str:
     """The public class: the first one of longtail's in the bases, so that a private subclass does not show."""
     kinds = (kind for kind in type(error).__mro__ if kind.__module__.startswith("longtail."))

@@ -11,10 +11,10 @@ round.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -23,8 +23,9 @@ from starlette.types import Receive, Scope, Send
 from longtail.engine.errors import EngineDeadError, InvalidInputError
 from longtail.engine.prompts import PromptLimits, Tokenizer
 from longtail.engine.rounds import RoundPlan, plan_round
-from longtail.engine.server.bodies import RolloutBody, decode_body
-from longtail.engine.server.problems import MediaTypeError, RoundConflictError, UnknownRoundError
+from longtail.engine.server.bodies import RolloutBody, parse_body
+from longtail.engine.server.json_door import SCOPE_KEY
+from longtail.engine.server.problems import RoundConflictError, UnknownRoundError
 from longtail.engine.server.scheduler_link import SchedulerLink
 from longtail.engine.server.served_round import ServedRound
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 NDJSON = "application/x-ndjson"
+
+#: Response header with the round's id, percent-encoded: a client that gave none needs it to end its round.
+ROUND_HEADER = "X-Longtail-Round"
 
 router = APIRouter()
 
@@ -50,10 +54,9 @@ class RolloutService:
         self._tokenizer: Tokenizer | None = None if model.skip_tokenizer_init else copy.deepcopy(engine.get_tokenizer())
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="longtail-plan")
         self._live: set[str] = set()
-        self._ending: set[asyncio.Task[None]] = set()
 
-    async def open(self, body: bytes) -> ServedRound:
-        """Check a request and start its round.
+    async def open(self, body: Any) -> ServedRound:
+        """Check a request, given as decoded JSON, and start its round.
 
         Raises:
             InvalidInputError: names the field; nothing was submitted.
@@ -74,15 +77,15 @@ class RolloutService:
         except BaseException:
             self._live.discard(round_id)
             raise
-        served = ServedRound(self._engine, self._link, plan, self._stall_timeout_s)
+        served = ServedRound(
+            self._engine,
+            self._link,
+            plan,
+            stall_timeout_s=self._stall_timeout_s,
+            on_end=lambda: self._live.discard(round_id),
+        )
         served.start()
         return served
-
-    def end_soon(self, served: ServedRound) -> None:
-        """End a round in its own task: the caller's may be cancelled."""
-        task = asyncio.create_task(self._end(served))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
 
     async def numbers(self, round_id: str) -> dict[str, Any]:
         """What the scheduler says of a round."""
@@ -98,14 +101,8 @@ class RolloutService:
         except InvalidInputError as error:
             raise UnknownRoundError("round_id", "the id of a live round", round_id) from error
 
-    async def _end(self, served: ServedRound) -> None:
-        try:
-            await served.end()
-        finally:
-            self._live.discard(served.round_id)
-
-    def _plan(self, body: bytes) -> RoundPlan:
-        request: RolloutBody = decode_body(body)
+    def _plan(self, body: Any) -> RoundPlan:
+        request: RolloutBody = parse_body(body)
         plan = plan_round(
             request.checked_prompts(),
             group_size=request.group_size,
@@ -124,9 +121,11 @@ class RolloutService:
 
     async def _check_free(self, round_id: str) -> None:
         """Refuse an id that the scheduler knows: members of it came through another route."""
-        with contextlib.suppress(InvalidInputError):
+        try:
             await self._link.rpc("round", round=round_id)
-            raise RoundConflictError("round_id", "an id that no live round has", round_id)
+        except InvalidInputError:
+            return
+        raise RoundConflictError("round_id", "an id that no live round has", round_id)
 
     async def _check_request(self, plan: RoundPlan) -> None:
         """Let vLLM refuse the sampling parameters before the answer has begun."""
@@ -140,21 +139,21 @@ class RolloutService:
             self._engine.input_processor.process_inputs(
                 member.request_id,
                 prompt,
-                sampling_params(plan.sampling, member.seed, member.metadata),
+                sampling_params(plan.sampling, member),
                 supported_tasks=await self._engine.get_supported_tasks(),
             )
-        except (VLLMClientError, ValueError, TypeError, OverflowError) as error:
+        except (VLLMClientError, ValueError) as error:
             parameter = getattr(error, "parameter", None)
             field = "sampling" if parameter is None else f"sampling.{parameter}"
             raise InvalidInputError(field, f"what vLLM takes ({error})", plan.sampling) from error
 
 
 class _RoundResponse(StreamingResponse):
-    """Streams a round, and notices at once when the client goes away."""
+    """Streams a round, and ends it at once when the client goes away."""
 
-    def __init__(self, service: RolloutService, served: ServedRound) -> None:
-        super().__init__(served.lines(), media_type=NDJSON, headers={"X-Longtail-Round": served.round_id})
-        self._service = service
+    def __init__(self, served: ServedRound) -> None:
+        headers = {ROUND_HEADER: quote(served.round_id, safe="")}
+        super().__init__(served.lines(), media_type=NDJSON, headers=headers)
         self._served = served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,22 +161,19 @@ class _RoundResponse(StreamingResponse):
         leaving = asyncio.ensure_future(self.listen_for_disconnect(receive))
         try:
             await asyncio.wait((streaming, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if streaming.done():
-                streaming.result()
         finally:
-            leaving.cancel()
+            self._served.end()
             streaming.cancel()
-            self._service.end_soon(self._served)
+            leaving.cancel()
+            await asyncio.gather(streaming, leaving, return_exceptions=True)
 
 
 @router.post("/v1/rollouts", response_class=StreamingResponse)
 async def create_rollout(request: Request) -> StreamingResponse:
     """Run a round and stream its trajectories."""
-    content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise MediaTypeError("Content-Type", "application/json", content_type)
-    service = _service(request)
-    return _RoundResponse(service, await service.open(await request.body()))
+    if SCOPE_KEY not in request.scope:
+        raise InvalidInputError("body", "an object", "nothing")
+    return _RoundResponse(await _service(request).open(request.scope[SCOPE_KEY]))
 
 
 @router.get("/v1/rollouts/{round_id:path}")

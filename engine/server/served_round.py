@@ -1,14 +1,14 @@
 """One round of `POST /v1/rollouts`: its members run through vLLM's asyncio engine, its trajectories come out as lines.
 
 A member is one `generate` task, so that vLLM's own front end does admission, detokenisation and statistics. The round
-belongs to its stream: when nobody reads it any more, the round is closed in the scheduler and forgotten there.
+belongs to its stream: when nobody reads it any more, it is closed and forgotten in the scheduler.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from longtail.engine.errors import EngineDeadError, LongtailError
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 #: Members that are handed to the engine before other requests of the server get their turn.
 _SUBMIT_BATCH = 32
-_CANCEL_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 10.0
+_SIGN_OF_LIFE_S = 60.0
 
 
 class ServedRound:
@@ -35,18 +36,30 @@ class ServedRound:
         link: to the scheduler of the same engine.
         plan: the checked round; its id is not in use.
         stall_timeout_s: how long the engine may take for one step.
+        on_end: called once, when nothing of the round is left in the engine.
 
     """
 
-    def __init__(self, engine: AsyncLLM, link: SchedulerLink, plan: RoundPlan, stall_timeout_s: float) -> None:
+    def __init__(
+        self,
+        engine: AsyncLLM,
+        link: SchedulerLink,
+        plan: RoundPlan,
+        *,
+        stall_timeout_s: float,
+        on_end: Callable[[], None],
+    ) -> None:
+        self.round_id = plan.round_id
         self._engine = engine
         self._link = link
         self._plan = plan
         self._stall_timeout_s = stall_timeout_s
+        self._on_end = on_end
         self._collector = RoundCollector(plan)
         self._ended: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self._members: set[asyncio.Task[None]] = set()
         self._submission: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to submit the members."""
@@ -60,31 +73,44 @@ class ServedRound:
                 if isinstance(ended, Exception):
                     raise ended
                 yield encode_line(trajectory_line(self._collector.add(ended)))
-            counts = await self._link.rpc("round", round=self._plan.round_id)
+            counts = await self._link.rpc("round", round=self.round_id)
             stats = self._collector.round(counts).stats
-            yield encode_line(
-                RoundLine(round_id=self._plan.round_id, target_groups=self._plan.target_groups, stats=stats)
+            last: RoundLine | ErrorLine = RoundLine(
+                round_id=self.round_id, target_groups=self._plan.target_groups, stats=stats
             )
-        except Exception as error:  # headers are sent: whatever it is, the client must see it
-            yield encode_line(ErrorLine(round_id=self._plan.round_id, error=problem(self._as_ours(error))))
+        except Exception as error:  # the status is sent: whatever it is, the client must see it here
+            last = ErrorLine(round_id=self.round_id, error=problem(self._as_ours(error)))
+        # First, so that a client that has the last line may use the id again.
+        await asyncio.shield(self.end())
+        yield encode_line(last)
 
-    async def end(self) -> None:
-        """Leave nothing of the round in the engine, finished or not. Raises nothing that the engine does wrong."""
-        if self._submission is not None:
-            self._submission.cancel()
+    def end(self) -> asyncio.Task[None]:
+        """Leave nothing of the round in the engine, finished or not; runs on when the caller is cancelled."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+        return self._ending
+
+    async def _end(self) -> None:
         try:
-            if self._members:
-                await self._link.rpc("close_round", timeout_s=_CANCEL_TIMEOUT_S, round=self._plan.round_id)
-                await asyncio.wait(self._members, timeout=_CANCEL_TIMEOUT_S)
-        except LongtailError:
-            pass  # the scheduler has no such round yet, or there is no scheduler any more
-        for task in self._members:
-            task.cancel()
-        await asyncio.gather(*self._members, return_exceptions=True)
+            if self._submission is not None:
+                self._submission.cancel()
+            if self._members and await self._ask("close_round"):
+                await asyncio.wait(self._members, timeout=_END_TIMEOUT_S)
+            for task in self._members:
+                task.cancel()
+            await asyncio.gather(*self._members, return_exceptions=True)
+            # Refused while members that came by another route still run in it: then the scheduler's bound applies.
+            await self._ask("forget_round")
+        finally:
+            self._on_end()
+
+    async def _ask(self, op: str) -> bool:
+        """Whether the scheduler is there and knows the round."""
         try:
-            await self._link.rpc("forget_round", timeout_s=_CANCEL_TIMEOUT_S, round=self._plan.round_id)
+            await self._link.rpc(op, timeout_s=_END_TIMEOUT_S, round=self.round_id)
         except LongtailError:
-            pass  # members that came by another route still run in it, or there is no scheduler any more
+            return False
+        return True
 
     async def _submit(self) -> None:
         from longtail.engine.vllm_args import sampling_params
@@ -92,16 +118,19 @@ class ServedRound:
         members = self._plan.members()
         while batch := list(itertools.islice(members, _SUBMIT_BATCH)):
             for member in batch:
-                params = sampling_params(self._plan.sampling, member.seed, member.metadata)
+                params = sampling_params(self._plan.sampling, member)
                 task = asyncio.create_task(self._run_member(member, params))
                 self._members.add(task)
                 task.add_done_callback(self._members.discard)
             await asyncio.sleep(0)
 
     async def _run_member(self, member: MemberPlan, params: SamplingParams) -> None:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
         prompt: Any = {"type": "token", "prompt_token_ids": member.prompt.token_ids}
         try:
-            async for output in self._engine.generate(prompt, params, member.request_id):
+            # Not an override's: what the scheduler refuses is a trajectory here, not an error of the whole round.
+            async for output in AsyncLLM.generate(self._engine, prompt, params, member.request_id):
                 if output.finished:
                     self._ended.put_nowait(output)
         except Exception as error:
@@ -111,7 +140,7 @@ class ServedRound:
         """The next member that ended. While none does, ask for a sign of life: a long answer is not a stall."""
         while True:
             try:
-                return await asyncio.wait_for(self._ended.get(), self._stall_timeout_s)
+                return await asyncio.wait_for(self._ended.get(), min(_SIGN_OF_LIFE_S, self._stall_timeout_s))
             except TimeoutError:
                 await self._link.rpc("counters", timeout_s=self._stall_timeout_s)
 

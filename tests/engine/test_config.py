@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+
 from longtail.engine.config import EngineConfig, RuntimeConfig, SamplingConfig
 from longtail.engine.errors import InvalidInputError
 
@@ -16,10 +17,12 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -0.1), ("temperature", NAN), ("temperature", INF), ("temperature", "hot"), ("temperature", None),
+        ("temperature", -0.1), ("temperature", NAN), ("temperature", INF), ("temperature", "hot"),
+        ("temperature", None),
         ("top_p", 0.0), ("top_p", 1.01), ("top_p", NAN), ("top_k", -1), ("top_k", 1.5), ("max_tokens", 0),
         ("max_tokens", True), ("min_tokens", -1), ("min_tokens", 513), ("stop", "word"), ("stop", [""]), ("stop", [3]),
-        ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]), ("stop_token_ids", [True]), ("ignore_eos", 1), ("seed", -1),
+        ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]), ("stop_token_ids", [True]), ("ignore_eos", 1),
+        ("seed", -1),
         ("seed", 2**63), ("seed", 1.0),
     ],
 )  # fmt: skip
@@ -32,7 +35,8 @@ def test_wrong_sampling_is_named(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model", ""), ("model", None), ("dtype", "int8"), ("core", "thread"), ("max_model_len", 0), ("max_num_seqs", 0),
+        ("model", ""), ("model", None), ("dtype", "int8"), ("core", "thread"), ("max_model_len", 0),
+        ("max_num_seqs", 0),
         ("block_size", 1.5), ("kv_cache_gib", 0), ("kv_cache_gib", NAN), ("gpu_memory_utilization", 1.5), ("seed", -1),
         ("start_timeout_s", 0), ("stall_timeout_s", INF), ("vllm_args", {"scheduler_cls": "x"}),
         ("vllm_args", {"model": "x"}),

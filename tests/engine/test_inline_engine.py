@@ -1,14 +1,14 @@
-"""The core in this process: asyncio over it, and asynchronous scheduling, which the CPU platform never turns on itself."""
+"""The core in this process: asyncio over it, and asynchronous scheduling, which the CPU platform never turns on."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from longtail.engine import AsyncRolloutEngine, EngineConfig, Prompt, RolloutEngine, SamplingConfig
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.trajectory import Round
@@ -82,7 +82,7 @@ def test_asyncio_facade_must_be_entered() -> None:
 
 
 @pytest.fixture
-def forced_async_scheduling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _forced_async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU platform sets `async_scheduling = False` unconditionally; put it back afterwards."""
     from vllm.platforms.cpu import CpuPlatform
 
@@ -93,10 +93,9 @@ def forced_async_scheduling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         vllm_config.scheduler_config.async_scheduling = True
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(forced))
-    yield
 
 
-@pytest.mark.usefixtures("forced_async_scheduling")
+@pytest.mark.usefixtures("_forced_async_scheduling")
 def test_async_scheduling_cuts_the_same_round(tiny_config: EngineConfig, reference: Round) -> None:
     with RolloutEngine(inline(tiny_config)) as engine:
         core = engine._driver.engine.llm_engine.engine_core.engine_core

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from longtail.engine.config import SamplingConfig
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.prompts import Prompt, PromptLimits, tokenize_prompts

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from stock_reference import run_stock
+
 from longtail.engine import EngineConfig, Prompt, RolloutEngine, SamplingConfig, Trajectory
 from longtail.engine.errors import EngineDeadError, InvalidInputError
 from longtail.scheduler.metadata import CUT_STOP_REASON
-from stock_reference import run_stock
 
 if TYPE_CHECKING:
     import torch

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from longtail.engine.trajectory import Timings, TokenCounts, Trajectory, VersionSpan
 
 
@@ -46,7 +47,12 @@ def test_decoding_checks_too() -> None:
 
 def test_cut_before_the_first_token() -> None:
     cut = make(
-        output_token_ids=[], logprobs=[], source_mask=[], weight_versions=[], finish_reason="abort", stop_reason="rollout_cut"
+        output_token_ids=[],
+        logprobs=[],
+        source_mask=[],
+        weight_versions=[],
+        finish_reason="abort",
+        stop_reason="rollout_cut",
     )
     assert cut.was_cut
     assert not make().was_cut

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import scheduler_harness
-from longtail.scheduler.metadata import CUT_STOP_REASON, report_of
-from longtail.scheduler.rollout_scheduler import RolloutScheduler, make_scheduler
 from scheduler_harness import SchedulerHarness
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import RequestStatus
+
+from longtail.scheduler.metadata import CUT_STOP_REASON, report_of
+from longtail.scheduler.rollout_scheduler import RolloutScheduler, make_scheduler
 
 PROMPT = list(range(3, 23))
 

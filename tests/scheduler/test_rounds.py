@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from longtail.scheduler.errors import InvalidInputError
 from longtail.scheduler.metadata import RolloutMetadata
 from longtail.scheduler.rounds import Admission, RoundBook

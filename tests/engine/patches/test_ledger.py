@@ -19,6 +19,7 @@ from longtail.engine.errors import PatchLedgerError
 from longtail.engine.patches import entry as entry_module
 from longtail.engine.patches import ledger
 from longtail.engine.patches.entry import Change, fingerprint, module_file
+from longtail.engine.patches.installation import SUPPORTED_VERSIONS
 
 EXPAND = ("vllm.utils.cpu_triton_utils", "_expand_kernel_impl")
 
@@ -57,7 +58,7 @@ def test_every_entry_says_what_why_and_which_versions() -> None:
     for entry in ledger.ENTRIES:
         assert entry.what
         assert entry.why
-        assert set(ledger.SUPPORTED_VERSIONS) <= set(entry.versions)
+        assert set(SUPPORTED_VERSIONS) <= set(entry.versions)
         assert entry.changes
         assert entry.sources, f"{entry.name} depends on no source of vLLM"
 
@@ -164,6 +165,14 @@ def test_applying_twice_changes_nothing_more() -> None:
     ledger.apply()
     assert cpu_triton_utils._expand_kernel_impl is once
     assert once is not ledger.stock(".".join(EXPAND))
+
+
+def test_applying_imports_neither_vllm_nor_torch() -> None:
+    code = (
+        "import sys; from longtail.engine.patches import ledger; ledger.apply(); ledger.verify([ledger.states()])\n"
+        "assert not {'vllm', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
 
 def test_a_place_that_something_else_changed_later_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

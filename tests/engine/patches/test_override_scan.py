@@ -5,7 +5,9 @@ from types import ModuleType
 
 import pytest
 
+from longtail.engine.errors import PatchLedgerError
 from longtail.engine.patches import ledger
+from longtail.engine.patches.cpu_override_scan import _make_register_once
 
 
 @pytest.fixture
@@ -36,9 +38,16 @@ def test_the_scan_passes_objects_whose_dict_is_no_mapping(numba_like: None, monk
         dispatcher._rebind_kernels([(kernel, override)])
 
 
-def test_overrides_are_registered_once_even_when_the_first_attempt_fails() -> None:
-    from longtail.engine.patches.cpu_override_scan import _make_register_once
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    from vllm.triton_utils import dispatcher
 
+    registry: dict[str, object] = {}
+    monkeypatch.setattr(dispatcher, "_registry", registry)
+    return registry
+
+
+def test_overrides_are_registered_once_even_when_the_first_attempt_fails(registry: dict[str, object]) -> None:
     calls = []
 
     class Platform:
@@ -54,3 +63,9 @@ def test_overrides_are_registered_once_even_when_the_first_attempt_fails() -> No
     Platform.register()
     Platform.register()
     assert calls == [Platform, Platform]
+
+
+def test_a_ledger_that_comes_after_an_engine_is_an_error(registry: dict[str, object]) -> None:
+    registry["vllm.v1.sample.rejection_sampler.expand_kernel"] = object()
+    with pytest.raises(PatchLedgerError, match="start longtail's engine in a new process"):
+        _make_register_once(None, object)

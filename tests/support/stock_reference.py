@@ -42,7 +42,9 @@ def _main() -> None:
             [
                 {
                     "token_ids": list(one.token_ids),
-                    "logprobs": [position[token].logprob for position, token in zip(one.logprobs, one.token_ids)],
+                    "logprobs": [
+                        position[token].logprob for position, token in zip(one.logprobs, one.token_ids, strict=True)
+                    ],
                     "finish_reason": one.finish_reason,
                     "stop_reason": one.stop_reason,
                     "text": one.text,
