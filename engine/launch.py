@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from longtail.engine.config import EngineConfig
 from longtail.engine.core_link import CoreLink
+from longtail.engine.inline_runtime import activate_inline
+from longtail.engine.light_imports import light_imports
 from longtail.engine.models import resolve_model
 from longtail.engine.patches import ledger
 from longtail.engine.prompts import PromptLimits, Tokenizer
+from longtail.engine.runtime import CpuRuntime, describe, pick_runtime, spawn_environment
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -25,6 +31,7 @@ class StartedEngine:
     tokenizer: Tokenizer | None
     limits: PromptLimits
     model_dir: Path
+    runtime: CpuRuntime
 
     def shutdown(self) -> None:
         """Stop the core and give back its memory; an inline core also leaves torch's process group."""
@@ -34,6 +41,36 @@ class StartedEngine:
             from vllm.distributed import cleanup_dist_env_and_memory
 
             cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def prepared_process(config: EngineConfig, model_dir: Path) -> Iterator[CpuRuntime]:
+    """A block in which vLLM is imported, configured and its core started: fast imports, and the CPU's run-time chosen.
+
+    Says on the log what was chosen. Import no vLLM before it: light imports and an inline core's OpenMP library come
+    too late then.
+    """
+    runtime = pick_runtime(config.runtime, model_dir=model_dir)
+    eager = runtime.applies and config.enforce_eager is not False
+    around = activate_inline(runtime) if config.core == "inline" else _spawning(runtime)
+    with around as runtime, light_imports(eager=eager):
+        _log_visibly(describe(runtime))
+        yield runtime
+
+
+@contextmanager
+def _spawning(runtime: CpuRuntime) -> Iterator[CpuRuntime]:
+    with spawn_environment(runtime):
+        yield runtime
+
+
+def _log_visibly(line: str) -> None:
+    """To the log `longtail`; to stderr when nobody has set up logging, as vLLM does with its own."""
+    logger = logging.getLogger("longtail")
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+    logger.info(line)
 
 
 def start_engine(config: EngineConfig) -> StartedEngine:
@@ -46,26 +83,28 @@ def start_engine(config: EngineConfig) -> StartedEngine:
 
     """
     model_dir = resolve_model(config.model)
-    ledger.preflight()
-    from vllm.v1.engine.llm_engine import LLMEngine
-    from vllm.v1.executor.abstract import Executor
+    with prepared_process(config, model_dir) as runtime:
+        ledger.preflight()
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.executor.abstract import Executor
 
-    from longtail.engine.vllm_args import build_vllm_config
+        from longtail.engine.vllm_args import build_vllm_config
 
-    vllm_config = build_vllm_config(config, model_dir)
-    llm_engine = LLMEngine(
-        vllm_config=vllm_config,
-        executor_class=Executor.get_class(vllm_config),
-        log_stats=False,
-        multiprocess_mode=config.core == "process",
-    )
+        vllm_config = build_vllm_config(config, model_dir)
+        llm_engine = LLMEngine(
+            vllm_config=vllm_config,
+            executor_class=Executor.get_class(vllm_config),
+            log_stats=False,
+            multiprocess_mode=config.core == "process",
+        )
     model_config = vllm_config.model_config
     started = StartedEngine(
         llm_engine=llm_engine,
         link=CoreLink(llm_engine.engine_core),
-        tokenizer=llm_engine.tokenizer,
+        tokenizer=cast("Tokenizer | None", llm_engine.tokenizer),
         limits=PromptLimits(model_config.get_vocab_size(), model_config.max_model_len),
         model_dir=model_dir,
+        runtime=runtime,
     )
     try:
         ledger.verify_engine(started.link.call)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from longtail.engine.config import MAX_SEED
 from longtail.engine.errors import InvalidInputError
 
 
@@ -31,6 +32,7 @@ class Prompt:
         messages: chat messages (`role`, `content`), put through the checkpoint's chat template.
         group_id: id of the group, unique in its round; its position in the round by default.
         max_tokens: output budget in tokens, one for all members or one a member; `SamplingConfig`'s by default.
+        seed: member `i` samples with `seed + i`; by default what `SamplingConfig.seed` gives the group's position.
         metadata: returned with every trajectory, unchanged.
 
     """
@@ -40,16 +42,18 @@ class Prompt:
     messages: Sequence[Mapping[str, Any]] | None = None
     group_id: str | None = None
     max_tokens: int | Sequence[int] | None = None
+    seed: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPrompt:
-    """A checked prompt: id of its group, token ids, own budgets by member (or `None`), and the caller's metadata."""
+    """A checked prompt: id of its group, token ids, own budgets by member and own seed (or `None`), and metadata."""
 
     group_id: str
     token_ids: list[int]
     max_tokens: list[int] | None
+    seed: int | None
     metadata: dict[str, Any]
 
 
@@ -92,6 +96,7 @@ def tokenize_prompts(
                 group_id,
                 _token_ids(prompt, where, tokenizer, limits),
                 _budgets(prompt.max_tokens, group_size, f"{where}.max_tokens"),
+                _seed(prompt.seed, group_size, f"{where}.seed"),
                 dict(prompt.metadata),
             )
         )
@@ -108,6 +113,13 @@ def _budgets(value: int | Sequence[int] | None, group_size: int, where: str) -> 
         if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
             raise InvalidInputError(where, "integers >= 1", value)
     return budgets
+
+
+def _seed(value: int | None, group_size: int, where: str) -> int | None:
+    high = MAX_SEED - group_size
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high):
+        raise InvalidInputError(where, f"an integer in [0, {high}]", value)
+    return value
 
 
 def _as_prompt(value: Any, where: str) -> Prompt:

@@ -38,8 +38,6 @@ from longtail.scheduler.metadata import (
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
-_NATURAL_ENDS = ("stop", "length", "repetition")
-
 
 @dataclass(frozen=True, slots=True)
 class MemberPlan:
@@ -65,8 +63,10 @@ class RoundPlan:
     def members(self) -> Iterator[MemberPlan]:
         """Every member, group by group."""
         for position, prompt in enumerate(self.prompts):
+            seed = prompt.seed
+            if seed is None and self.sampling.seed is not None:
+                seed = self.sampling.seed + position * self.group_size
             for index in range(self.group_size):
-                seed = self.sampling.seed
                 yield MemberPlan(
                     f"{self.round_id}/{prompt.group_id}/{index}",
                     prompt,
@@ -77,7 +77,7 @@ class RoundPlan:
                         group_size=self.group_size,
                         index=index,
                     ),
-                    None if seed is None else seed + position * self.group_size + index,
+                    None if seed is None else seed + index,
                     self.sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens[index],
                 )
 
@@ -169,7 +169,7 @@ class RoundCollector:
             Group(
                 group_id=prompt.group_id,
                 trajectories=sorted(self._done[prompt.group_id], key=lambda trajectory: trajectory.index),
-                complete=all(t.finish_reason in _NATURAL_ENDS for t in self._done[prompt.group_id]),
+                complete=all(t.ended_by_itself for t in self._done[prompt.group_id]),
                 metadata=prompt.metadata,
             )
             for prompt in self.plan.prompts

@@ -40,8 +40,8 @@ __all__ = [
 
 MAX_TASK_SIZE = 1_000_000
 
-#: Tasks that a model of 135M parameters attempts with answers of very different length.
-DEMO_TASKS = ("gsm_symbolic", "leg_counting", "calendar_arithmetic")
+#: Tasks that a model of 135M parameters attempts, with answers of very different length.
+DEMO_TASKS = ("chain_sum", "calendar_arithmetic", "simple_equations")
 
 _INSTRUCTION = "\n\nThink step by step, then write the final answer between <answer> and </answer>."
 _INSTALL_HINT = 'the task generators need reasoning-gym; install it with `pip install "longtail[demo]"`'

@@ -120,6 +120,11 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
             )
 
     @property
+    def ended_by_itself(self) -> bool:
+        """Nobody stopped it: it counts towards a complete group."""
+        return self.finish_reason in ("stop", "length", "repetition")
+
+    @property
     def was_cut(self) -> bool:
         """The scheduler stopped it because its round had its target."""
         return self.finish_reason == "abort" and self.stop_reason == CUT_STOP_REASON

@@ -15,8 +15,6 @@ import msgspec
 from longtail.engine.errors import InvalidInputError, LongtailError
 from longtail.engine.trajectory import Trajectory
 
-_OWN_ENDS = ("stop", "length", "repetition")
-
 decoder = msgspec.json.Decoder(Trajectory)
 
 
@@ -61,7 +59,7 @@ class FileIndex:
     def add(self, trajectory: Trajectory, offset: int, num_bytes: int) -> None:
         """Note a line that `trajectory` has in the file."""
         attempt = self._attempts.setdefault(trajectory.group_id, {}).setdefault(trajectory.round_id, {})
-        attempt[trajectory.index] = Place(offset, num_bytes, trajectory.finish_reason in _OWN_ENDS)
+        attempt[trajectory.index] = Place(offset, num_bytes, trajectory.ended_by_itself)
         self._trajectory_ids.add(trajectory.trajectory_id)
 
     def complete_groups(self, group_size: int) -> list[str]:

@@ -93,7 +93,7 @@ def parse_metadata(value: object) -> RolloutMetadata:
             raise InvalidInputError(EXTRA_ARGS_KEY, f"at most {MAX_JSON_CHARS} characters of JSON", value)
         try:
             value = msgspec.json.decode(value)
-        except (msgspec.DecodeError, UnicodeError) as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise InvalidInputError(EXTRA_ARGS_KEY, f"a JSON object ({error})", value) from error
     if not isinstance(value, Mapping):
         raise InvalidInputError(EXTRA_ARGS_KEY, "an object", value)

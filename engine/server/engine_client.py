@@ -46,6 +46,11 @@ def _raise_refusal(output: RequestOutput) -> None:
         if completion.finish_reason == "error" and isinstance(reason, str) and reason.startswith(f"{EXTRA_ARGS_KEY}."):
             field, _, problem = reason.partition(": expected ")
             expected, _, got = problem.rpartition(", got ")
-            error = InvalidInputError(field, expected, None)
-            error.got = got
-            raise request_error_class()(error)
+            raise request_error_class()(InvalidInputError(field, expected, _AsShown(got)))
+
+
+class _AsShown(str):
+    """Text that is a `repr` already."""
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -1,9 +1,9 @@
-"""The door for JSON: what is not strict JSON of a sane shape does not reach a route, and a refusal names a field.
+"""The door for JSON: what is not strict JSON of a sane shape does not reach a route.
 
-vLLM's routes parse bodies with Python's lenient `json` and answer some mistakes with a 500, or with a 4xx that does
-not say which field was wrong. `JsonDoor` reads each body once, refuses what no route could mean (`check_json`), and
-gives the refusals of vLLM that name no field the field's name (`named`). It does not know what fields mean: prompts,
-sampling parameters and metadata are checked by those who use them.
+vLLM's routes parse bodies with Python's lenient `json`, and answer some bodies that no route could mean with a 500:
+deep nesting, numbers beyond 64 bits, half a surrogate pair, a number where an object belongs. `JsonDoor` reads each
+body once and refuses these. It does not know what fields mean: prompts, sampling parameters and metadata are checked
+by those who use them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.server.problems import MediaTypeError, problem_response
+from longtail.engine.server.refusals import NamedRefusals
 
 #: Where the checked body is in the ASGI scope.
 SCOPE_KEY = "longtail.json"
@@ -36,25 +37,6 @@ _SHAPES: Mapping[str, type] = {
     "vllm_xargs": dict,
 }
 _TYPE_NAMES = {list: "a list", dict: "an object"}
-
-#: Words in a refusal of vLLM that stand for a field, where the message does not have its name.
-_HINTS = (
-    ("Token id", "prompt"),
-    ("decoder prompt", "prompt"),
-    ("at least one prompt", "prompt"),
-    ("input tokens", "prompt"),
-    ("empty conversation", "messages"),
-    ("ontent", "messages"),
-    ("multimodal", "messages"),
-    ("rammar", "structured_outputs"),
-    ("rammar", "response_format"),
-    ("JSON schema", "structured_outputs"),
-    ("JSON schema", "response_format"),
-    ("structured outputs", "structured_outputs"),
-    ("Choice", "structured_outputs"),
-    ("pattern_size", "repetition_detection"),
-    ("tool choice", "tools"),
-)
 
 _LEVELS = re.compile(rb'"(?:[^"\\]|\\.)*"|([\[{])|([\]}])', re.DOTALL)
 _LONG_NUMBER = re.compile(rb"\d{19}")
@@ -84,17 +66,6 @@ def check_json(body: bytes) -> Any:
     return value
 
 
-def named(error: Mapping[str, Any], body: Any) -> dict[str, Any]:
-    """The `error` object of a refusal, with `param` (and `field`, its other name) filled in if the message allows it."""
-    param = error.get("param")
-    message = str(error.get("message", ""))
-    if not param and isinstance(body, dict):
-        words = set(re.findall(r"\w+", message))
-        hinted = (field for hint, field in _HINTS if hint in message and field in body)
-        param = next((field for field in body if field in words), None) or next(hinted, None)
-    return {**error, "param": param, "field": error.get("field", param)}
-
-
 class JsonDoor:
     """ASGI middleware; hands on the body that it has read, and its value under `SCOPE_KEY`."""
 
@@ -105,7 +76,8 @@ class JsonDoor:
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if not has_body or media_type == "multipart/form-data":  # files, for vLLM's audio routes
+        is_upload = media_type == "multipart/form-data" and "/audio/" in scope["path"] if has_body else False
+        if not has_body or is_upload:
             await self._app(scope, receive, send)
             return
         if media_type != "application/json":
@@ -120,44 +92,7 @@ class JsonDoor:
         except InvalidInputError as error:
             await problem_response(error)(scope, receive, send)
             return
-        await self._app(scope, _replay(body, receive), _NamedRefusals(send, value))
-
-
-class _NamedRefusals:
-    """A `send` that holds back a 4xx in JSON until it is whole, and puts the field's name into it."""
-
-    def __init__(self, send: Send, body: Any) -> None:
-        self._send = send
-        self._body = body
-        self._held: Message | None = None
-        self._content = b""
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and _is_refusal(message):
-            self._held = message
-        elif self._held is None:
-            await self._send(message)
-        else:
-            self._content += message.get("body", b"")
-            if not message.get("more_body", False):
-                await self._release(self._held)
-
-    async def _release(self, start: Message) -> None:
-        content = self._content
-        try:
-            answer = msgspec.json.decode(content)
-        except msgspec.DecodeError:
-            answer = None
-        if isinstance(answer, dict) and isinstance(error := answer.get("error"), dict):
-            content = msgspec.json.encode({**answer, "error": named(error, self._body)})
-            MutableHeaders(raw=start["headers"])["content-length"] = str(len(content))
-        await self._send(start)
-        await self._send({"type": "http.response.body", "body": content})
-
-
-def _is_refusal(start: Message) -> bool:
-    content_type = Headers(raw=start["headers"]).get("content-type", "")
-    return 400 <= start["status"] < 500 and content_type.startswith("application/json")
+        await self._app(scope, _replay(body, receive), NamedRefusals(send, value))
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -6,6 +6,7 @@ vLLM's own command line is not used: it asks for a distribution named `vllm`, wh
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from longtail.engine.config import EngineConfig
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.patches import ledger
+from longtail.engine.runtime import describe, pick_runtime, spawn_environment
 from longtail.engine.server.endpoint import LongtailEndpoints
 from longtail.engine.server.scheduler_link import SchedulerLink
 from longtail.engine.server.settings import ServerConfig
@@ -102,8 +104,11 @@ async def running_engine(config: EngineConfig, model_dir: Path) -> AsyncIterator
     from longtail.engine.server.engine_client import RolloutAsyncLLM
     from longtail.engine.vllm_args import build_vllm_config
 
-    vllm_config = build_vllm_config(config, model_dir)
-    engine = RolloutAsyncLLM.from_vllm_config(vllm_config=vllm_config)
+    runtime = pick_runtime(config.runtime, model_dir=model_dir)
+    sys.stderr.write(describe(runtime) + "\n")
+    with spawn_environment(runtime):
+        vllm_config = build_vllm_config(config, model_dir)
+        engine = RolloutAsyncLLM.from_vllm_config(vllm_config=vllm_config)
     try:
         try:
             answer = await SchedulerLink(engine).call("rollout_rpc", "ledger", {})

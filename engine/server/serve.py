@@ -54,9 +54,17 @@ def serve(
 
     Args:
         config: the engine; its core runs in a process of its own.
-        host, port, allow_remote_without_key, rl_routes, allowed_origins, access_log, max_body_bytes, max_members,
-            frontend_args: see `ServerConfig`.
-        api_key: the key; that in the environment variable `VLLM_API_KEY` when `None`.
+        host: address to listen on.
+        port: 0 lets the system pick.
+        api_key: bearer token that every route needs but `/health`, `/ping`, `/version` and `/metrics`; the one in the
+            environment variable `VLLM_API_KEY` when `None`.
+        allow_remote_without_key: listen beyond loopback although there is no key. Unsafe.
+        rl_routes: vLLM's routes for trainers (`/pause`, `/update_weights`, `/collective_rpc`, ...).
+        allowed_origins: origins of web pages that may call the server.
+        access_log: a line for each request, on stdout.
+        max_body_bytes: longest request body.
+        max_members: most members (prompts x group size) of one round.
+        frontend_args: further options of vLLM's front end by name, e.g. `chat_template` or `ssl_certfile`.
 
     Raises:
         InvalidInputError: a setting is wrong, or the address cannot be used.

@@ -68,6 +68,8 @@ def test_the_three_kinds_of_prompts() -> None:
         (Prompt(text="a", metadata=[1]), "prompts[0].metadata"),  # type: ignore[arg-type]
         (Prompt(text="a", max_tokens=0), "prompts[0].max_tokens"),
         (Prompt(text="a", max_tokens=[1, 2]), "prompts[0].max_tokens"),
+        (Prompt(text="a", seed=-1), "prompts[0].seed"),
+        (Prompt(text="a", seed=2**63 - 1), "prompts[0].seed"),
         (Prompt(token_ids="abc"), "prompts[0].token_ids"),  # type: ignore[arg-type]
         (Prompt(messages=[3]), "prompts[0].messages[0]"),  # type: ignore[list-item]
         (Prompt(messages=[]), "prompts[0].messages"),
@@ -119,6 +121,9 @@ def test_members_have_distinct_ids_and_seeds() -> None:
     members = list(plan(sampling=SamplingConfig(seed=100)).members())
     assert len({member.request_id for member in members}) == 16
     assert [member.seed for member in members] == list(range(100, 116))
+    own = plan(prompts=[[3], Prompt(token_ids=[3], seed=7)], sampling=SamplingConfig(seed=100))
+    assert [member.seed for member in own.members()] == [100, 101, 7, 8]
+    assert [member.seed for member in plan(prompts=[[3]]).members()] == [None, None]
 
 
 @pytest.mark.parametrize(

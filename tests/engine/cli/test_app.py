@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
+
 from longtail.engine.cli import app as app_module
 from longtail.engine.cli import options
 from longtail.engine.cli.app import app
 from longtail.engine.config import EngineConfig, RuntimeConfig, SamplingConfig
 from longtail.engine.errors import EngineTimeoutError, InvalidInputError, ModelSourceError
-from typer.testing import CliRunner, Result
 
 HEAVY = ("torch", "vllm", "transformers", "reasoning_gym", "fastapi")
 

@@ -15,6 +15,8 @@ from typing import Any, Self
 
 import psutil
 import pytest
+from typer.testing import CliRunner, Result
+
 from longtail.engine.cli import rollout
 from longtail.engine.cli.app import app
 from longtail.engine.config import EngineConfig, SamplingConfig
@@ -26,7 +28,6 @@ from longtail.engine.run_settings import load_settings
 from longtail.engine.trajectory import Group, Round, RoundStats, Timings, TokenCounts, Trajectory, VersionSpan
 from longtail.engine.trajectory_file import index_file, read_groups, read_trajectories
 from longtail.scheduler.metadata import CUT_STOP_REASON
-from typer.testing import CliRunner, Result
 
 GROUP_SIZE = 2
 

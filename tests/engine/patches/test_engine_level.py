@@ -32,7 +32,7 @@ def probe(vocab32_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 def test_speculative_sampling_has_the_exact_law(probe: dict[str, Any], chi_square_p: Callable[..., float]) -> None:
     """Joint law of two tokens at temperature 0.7, top-k 8, top-p 0.9; padded and ragged drafts. False alarm 1e-6."""
     speculative = probe["speculative"]
-    assert speculative["accepted"]["vllm:spec_decode_num_accepted_tokens"] > 500
+    assert speculative["accepted"]["vllm:spec_decode_num_accepted_tokens"] > 200
     assert chi_square_p(speculative["fixed"], probe["law"]) > FALSE_ALARM
     assert chi_square_p(speculative["stock"], probe["law"]) < FALSE_ALARM
 

@@ -1,0 +1,77 @@
+"""Start a CPU engine fast: the one block to build vLLM's engine in.
+
+`fast_start` puts three things around the constructor: the CPU run-time (`runtime.py`), light imports
+(`light_imports.py`), and, for a core in its own process, that process started before the imports (`early_core.py`).
+vLLM also starts a Python of its own to look at a model class for the first time, which it does to keep CUDA out of
+the parent; on a CPU it is done here, and takes a second instead of a start of vLLM.
+
+Nothing of vLLM may be imported before the block for its full effect; imported it may be, and then it only takes
+longer. On a GPU the block does nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from longtail.engine.config import EngineConfig
+from longtail.engine.early_core import EarlyCore
+from longtail.engine.inline_runtime import activate_inline
+from longtail.engine.light_imports import light_imports
+from longtail.engine.runtime import CpuRuntime, pick_runtime, spawn_environment
+
+
+@contextmanager
+def fast_start(config: EngineConfig, model_dir: Path) -> Iterator[CpuRuntime]:
+    """Build vLLM's configuration and engine in this block; gives the CPU run-time that is in force.
+
+    Raises:
+        InvalidInputError: `config.runtime` or the environment asks for a library that is not there.
+
+    """
+    runtime = pick_runtime(config.runtime, model_dir=model_dir)
+    if not runtime.applies:
+        yield runtime
+        return
+    eager = config.enforce_eager is not False
+    with ExitStack() as stack:
+        core: EarlyCore | None = None
+        if config.core == "inline":
+            # Later collections must not find the garbage that a trainer had before: what is frozen is never freed.
+            gc.collect()
+            runtime = stack.enter_context(activate_inline(runtime))
+        else:
+            core = stack.enter_context(EarlyCore.launch(runtime.environment(), eager=eager))
+            stack.enter_context(spawn_environment(runtime))
+        stack.enter_context(light_imports(eager=eager))
+        import vllm.v1.engine.llm_engine
+
+        if core is None:
+            import vllm.v1.worker.cpu_worker  # noqa: F401
+
+            # vLLM freezes the heap at the end of the start, after a collection that this makes short.
+            gc.freeze()
+        else:
+            stack.enter_context(core.lend())
+        stack.enter_context(_inspect_models_here())
+        yield runtime
+
+
+@contextmanager
+def _inspect_models_here() -> Iterator[None]:
+    import vllm.model_executor.models.registry as registry
+
+    names: Any = vars(registry)
+    stock = names["_run_in_subprocess"]
+
+    def run_here(inspect: Callable[[], Any]) -> Any:
+        return inspect()
+
+    names["_run_in_subprocess"] = run_here
+    try:
+        yield
+    finally:
+        names["_run_in_subprocess"] = stock
