@@ -24,14 +24,15 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import util
 from types import TracebackType
 from typing import Any, Final, Self
 
-#: What a core imports in its first second of life; one name a module that pulls in the rest.
-_CORE_MODULES: Final = (
+#: What a core imports before it knows its model; each pulls in many more.
+CORE_MODULES: Final = (
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
@@ -40,8 +41,8 @@ _CORE_MODULES: Final = (
 )
 _LENGTH = struct.Struct("!Q")
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); "
-    "from longtail.engine.early_core import run_early_core; run_early_core()"
+    "import json, sys; orders = json.loads(sys.argv.pop()); sys.path[:] = orders['path']; "
+    "from longtail.engine.early_core import run_early_core; run_early_core(**orders['run'])"
 )
 #: Room for the process object, so that sending it does not wait for the other side.
 _PIPE_BYTES: Final = 1 << 20
@@ -60,12 +61,13 @@ class EarlyCore:
         self._lent = False
 
     @classmethod
-    def launch(cls, variables: Mapping[str, str], *, eager: bool) -> EarlyCore:
+    def launch(cls, variables: Mapping[str, str], *, eager: bool, modules: Sequence[str] = CORE_MODULES) -> EarlyCore:
         """Start the process; returns at once.
 
         Args:
             variables: added to its environment, and not to this process's.
             eager: see `light_imports`.
+            modules: what it imports while it waits.
 
         """
         # Raises, as any spawn would, in a main module that starts processes when it is imported.
@@ -78,10 +80,11 @@ class EarlyCore:
             fcntl.fcntl(to_child, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         inherited = (tracker, child_reads, child_holds)
         interpreter = [os.fsdecode(part) for part in multiprocessing.spawn.get_command_line()[:-2]]
-        arguments = [*map(str, inherited), str(int(eager)), json.dumps(sys.path)]
+        run = {"tracker": tracker, "reads": child_reads, "modules": list(modules), "eager": eager}
+        orders = json.dumps({"path": sys.path, "run": run})
         try:
             child = subprocess.Popen(
-                [*interpreter, _BOOT, "--multiprocessing-fork", *arguments],
+                [*interpreter, _BOOT, "--multiprocessing-fork", orders],
                 env=os.environ | dict(variables),
                 pass_fds=inherited,
             )
@@ -208,13 +211,11 @@ class _LendingContext(multiprocessing.context.SpawnContext):
         return process
 
 
-def run_early_core() -> None:
+def run_early_core(tracker: int, reads: int, modules: Sequence[str], eager: bool) -> None:
     """Body of the process: import, wait for the process object, be it."""
-    tracker, reads, _, eager = (int(number) for number in sys.argv[2:6])
-    del sys.argv[2:]
     # Ctrl-C goes to the whole group; the parent handles it, and this process ends with the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _import_core_modules(eager=bool(eager))
+    _import_while_waiting(modules, eager=eager)
     header = _read_exactly(reads, _LENGTH.size)
     for name, value in json.loads(_read_exactly(reads, *_LENGTH.unpack(header))).items():
         if value is None:
@@ -222,17 +223,28 @@ def run_early_core() -> None:
         else:
             os.environ[name] = value
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    multiprocessing.spawn.spawn_main(tracker_fd=tracker, pipe_handle=reads)
+    code: object = 1
+    try:
+        multiprocessing.spawn.spawn_main(tracker_fd=tracker, pipe_handle=reads)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # As a forked process ends. The end of an interpreter with vLLM in it takes seconds, and vLLM kills after five.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
-def _import_core_modules(*, eager: bool) -> None:
+def _import_while_waiting(modules: Sequence[str], *, eager: bool) -> None:
     import gc
     import importlib
 
     from longtail.engine.light_imports import light_imports
 
     with light_imports(eager=eager):
-        for name in _CORE_MODULES:
+        for name in modules:
             # What is missing will be missed again, by vLLM, with an error that reaches the parent.
             with suppress(Exception):
                 importlib.import_module(name)

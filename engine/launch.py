@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, cast
 
 from longtail.engine.config import EngineConfig
 from longtail.engine.core_link import CoreLink
-from longtail.engine.inline_runtime import activate_inline
-from longtail.engine.light_imports import light_imports
 from longtail.engine.models import resolve_model
 from longtail.engine.patches import ledger
 from longtail.engine.prompts import PromptLimits, Tokenizer
-from longtail.engine.runtime import CpuRuntime, describe, pick_runtime, spawn_environment
+from longtail.engine.runtime import CpuRuntime, describe
+from longtail.engine.startup import fast_start
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -45,22 +44,15 @@ class StartedEngine:
 
 @contextmanager
 def prepared_process(config: EngineConfig, model_dir: Path) -> Iterator[CpuRuntime]:
-    """A block in which vLLM is imported, configured and its core started: fast imports, and the CPU's run-time chosen.
+    """The block in which vLLM is imported, configured and its core started; says on the log how the CPU is used.
 
-    Says on the log what was chosen. Import no vLLM before it: light imports and an inline core's OpenMP library come
-    too late then.
+    Raises:
+        PatchLedgerError: the installed vLLM is not the ledger's.
+
     """
-    runtime = pick_runtime(config.runtime, model_dir=model_dir)
-    eager = runtime.applies and config.enforce_eager is not False
-    around = activate_inline(runtime) if config.core == "inline" else _spawning(runtime)
-    with around as runtime, light_imports(eager=eager):
+    ledger.preflight()
+    with fast_start(config, model_dir) as runtime:
         _log_visibly(describe(runtime))
-        yield runtime
-
-
-@contextmanager
-def _spawning(runtime: CpuRuntime) -> Iterator[CpuRuntime]:
-    with spawn_environment(runtime):
         yield runtime
 
 
@@ -84,7 +76,6 @@ def start_engine(config: EngineConfig) -> StartedEngine:
     """
     model_dir = resolve_model(config.model)
     with prepared_process(config, model_dir) as runtime:
-        ledger.preflight()
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor.abstract import Executor
 

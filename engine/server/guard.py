@@ -68,6 +68,7 @@ class BodyLimit:
             await problem_response(BodyTooLargeError(self._max_bytes, f"{announced} bytes"))(scope, receive, send)
             return
         num_bytes = 0
+        has_answered = False
 
         async def receive_bounded() -> Message:
             nonlocal num_bytes
@@ -77,7 +78,17 @@ class BodyLimit:
                 raise BodyTooLargeError(self._max_bytes, "more")
             return message
 
-        await self._app(scope, receive_bounded, send)
+        async def note_answer(message: Message) -> None:
+            nonlocal has_answered
+            has_answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive_bounded, note_answer)
+        except BodyTooLargeError as error:
+            if has_answered:
+                raise
+            await problem_response(error)(scope, receive, send)
 
 
 def _digest(value: bytes) -> bytes:

@@ -36,6 +36,9 @@ _HINTS = (
     ("chat template", "chat_template_kwargs"),
 )
 
+#: Fields whose name is in many messages that are not about them.
+_COMMON_WORDS = frozenset({"model", "user"})
+
 
 def named(error: Mapping[str, Any], body: Any) -> dict[str, Any]:
     """The `error` object of a refusal with `param`, and `field`, its other name, as far as they can be told."""
@@ -46,7 +49,8 @@ def named(error: Mapping[str, Any], body: Any) -> dict[str, Any]:
         message = str(error.get("message", ""))
         words = set(re.findall(r"\w+", message))
         hinted = (field for hint, field in _HINTS if hint in message.lower() and field in body)
-        param = next((field for field in body if field in words), None) or next(hinted, None)
+        said = (field for field in body if field in words and field not in _COMMON_WORDS)
+        param = next(said, None) or next(hinted, None)
     return {**error, "param": param, "field": error.get("field", param)}
 
 

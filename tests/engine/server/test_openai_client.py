@@ -85,9 +85,7 @@ def test_logprobs_are_those_of_the_distribution_that_was_sampled_from(
     assert first_logprob(0.5) > first_logprob(1.0) + 0.01
 
 
-def test_a_wrong_key_and_a_wrong_model_are_the_clients_own_errors(
-    client: openai.OpenAI, server: ServerProcess
-) -> None:
+def test_a_wrong_key_and_a_wrong_model_are_the_clients_own_errors(client: openai.OpenAI, server: ServerProcess) -> None:
     with pytest.raises(openai.NotFoundError, match="model"):
         client.completions.create(model="other", prompt="a")
     with (

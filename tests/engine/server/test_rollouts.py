@@ -27,6 +27,12 @@ def round_of(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[st
     return trajectories, last
 
 
+def pair(short: int, long: int, round_id: str) -> dict[str, Any]:
+    """A round of two groups, one much longer than the other."""
+    prompts = [{"token_ids": PROMPT, "max_tokens": max_tokens} for max_tokens in (short, long)]
+    return {"prompts": prompts, "sampling": LONG, "round_id": round_id}
+
+
 @contextmanager
 def open_round(http: httpx.Client, **body: Any) -> Iterator[Iterator[dict[str, Any]]]:
     """The lines of a round as they come; leaving the block early closes the connection."""
@@ -109,7 +115,11 @@ def test_the_scheduler_cuts_the_round_at_its_target(http: httpx.Client) -> None:
 
 
 def test_a_trajectory_comes_as_soon_as_it_ends(http: httpx.Client) -> None:
-    body = {"prompts": [{"token_ids": PROMPT, "max_tokens": n} for n in (3, 400)], "sampling": LONG, "round_id": "early"}
+    body = {
+        "prompts": [{"token_ids": PROMPT, "max_tokens": n} for n in (3, 400)],
+        "sampling": LONG,
+        "round_id": "early",
+    }
     with open_round(http, **body) as lines:
         assert next(lines)["group_id"] == "0"
         numbers = http.get("/v1/rollouts/early").json()
@@ -120,7 +130,7 @@ def test_a_trajectory_comes_as_soon_as_it_ends(http: httpx.Client) -> None:
 
 
 def test_a_deleted_round_ends_with_what_there_is(http: httpx.Client) -> None:
-    body = {"prompts": [{"token_ids": PROMPT, "max_tokens": n} for n in (3, 400)], "sampling": LONG, "round_id": "gone"}
+    body = pair(3, 400, "gone")
     with open_round(http, **body) as lines:
         next(lines)
         answer = http.delete("/v1/rollouts/gone")
@@ -150,7 +160,7 @@ def test_a_client_that_goes_away_ends_its_round(http: httpx.Client, server: Serv
 
 
 def test_a_round_id_is_taken_only_while_its_round_lives(http: httpx.Client, server: ServerProcess) -> None:
-    body = {"prompts": [{"token_ids": PROMPT, "max_tokens": n} for n in (2, 300)], "sampling": LONG, "round_id": "twin"}
+    body = pair(2, 300, "twin")
     with open_round(http, **body) as lines:
         next(lines)
         refused = http.post("/v1/rollouts", json=body)
