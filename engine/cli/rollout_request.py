@@ -6,6 +6,7 @@ the same. What needs the engine's tokenizer, the length of text and chat prompts
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -125,14 +126,14 @@ def continued_request(
         raise InvalidInputError("prompts", "the same prompts as in the run that is continued", f"others from {source}")
     target = _check_round(settings, prompts)
     index = index_file(out)
-    by_id = {prompt.group_id: prompt for prompt in prompts if prompt.group_id is not None}
-    missing = index.missing_groups(by_id, settings.group_size)
+    group_ids = [prompt.group_id for prompt in prompts if prompt.group_id is not None]
+    missing = index.missing_groups(group_ids, settings.group_size)
     num_complete = len(prompts) - len(missing)
     if num_complete >= target:
         return None
     return RolloutRequest(
         settings=settings,
-        prompts=[by_id[group_id] for group_id in missing],
+        prompts=_with_seeds(prompts, set(missing), settings.group_size, sampling_config.seed),
         target_groups=target - num_complete,
         sampling=sampling_config,
         engine=config,
@@ -140,6 +141,18 @@ def continued_request(
         is_continued=True,
         num_complete=num_complete,
     )
+
+
+def _with_seeds(prompts: Sequence[Prompt], wanted: set[str], group_size: int, seed: int | None) -> list[Prompt]:
+    """The wanted prompts, sampled as at their places in the whole run.
+
+    With fresh noise, groups that were too long to be complete would get a second chance to be short.
+    """
+    return [
+        prompt if seed is None else dataclasses.replace(prompt, seed=seed + position * group_size)
+        for position, prompt in enumerate(prompts)
+        if prompt.group_id in wanted
+    ]
 
 
 def _portable_model(model: str) -> str:

@@ -27,6 +27,7 @@ from longtail.engine.patches import (
     cpu_override_scan,
     cpu_padded_drafts,
     cpu_seeded_prefill,
+    fast_start,
     request_check,
     worker_report,
 )
@@ -45,6 +46,9 @@ ENTRIES: tuple[Entry, ...] = (
     cpu_padded_drafts.ENTRY,
     cpu_seeded_prefill.ENTRY,
 )
+
+#: What is swapped only while an engine is built, and put back: its sources are checked, it has no state.
+PASSING: tuple[Entry, ...] = (fast_start.ENTRY,)
 
 #: `armed`: the module that the entry changes is not imported in this process, and its import will make the change.
 State = Literal["applied", "armed", "not needed", "missing"]
@@ -87,7 +91,7 @@ def check_source() -> None:
 
     """
     distribution, version, release = supported_release()
-    for entry in ENTRIES:
+    for entry in (*ENTRIES, *PASSING):
         if release not in entry.versions:
             raise PatchLedgerError(
                 f"patch {entry.name} is written for vLLM {', '.join(entry.versions)}, found {version}: {INSTALL}"

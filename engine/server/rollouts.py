@@ -65,7 +65,7 @@ class RolloutService:
 
         """
         if self._link.is_dead:
-            raise EngineDeadError("rollout", "its process ended")
+            raise EngineDeadError("rollout", "its process ended or was told to")
         plan = await asyncio.get_running_loop().run_in_executor(self._planner, self._plan, body)
         round_id = plan.round_id
         if round_id in self._live:

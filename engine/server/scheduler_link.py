@@ -67,4 +67,4 @@ class SchedulerLink:
 
 
 def _died() -> EngineDeadError:
-    return EngineDeadError("rollout", "its process ended")
+    return EngineDeadError("rollout", "its process ended or was told to")

@@ -114,6 +114,8 @@ def _run(config: EngineConfig, server: ServerConfig, listener: socket.socket) ->
 async def _serve_until_stopped(
     engine: AsyncLLM, app: FastAPI, args: Namespace, listener: socket.socket, model: str
 ) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -130,8 +132,9 @@ async def _serve_until_stopped(
             await asyncio.sleep(_POLL_S)
         died = engine.errored and not stop.is_set()
         server.should_exit = True
-        # Ends what still runs; every request gets its error before its connection closes.
         await loop.run_in_executor(None, engine.shutdown, engine.vllm_config.shutdown_timeout)
+        # vLLM forgets the requests that still wait for outputs; they must hear of it before their connections close.
+        engine.output_processor.propagate_error(VllmEngineDeadError())
         await serving
     finally:
         serving.cancel()

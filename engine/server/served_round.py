@@ -148,5 +148,5 @@ class ServedRound:
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
         if isinstance(error, (VllmEngineDeadError, EngineDeadError)):
-            return EngineDeadError("rollout", "its process ended", self._collector.num_pending)
+            return EngineDeadError("rollout", "its process ended or was told to", self._collector.num_pending)
         return error

@@ -314,3 +314,11 @@ def test_any_other_failure_of_the_core_is_passed_on() -> None:
 
     with pytest.raises(TimeoutError, match="core"):
         ledger.verify_engine(call)
+
+
+def test_sources_of_passing_swaps_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    swap = ledger.PASSING[0]
+    changed = replace(swap.relies_on[0], fingerprint="0" * 16)
+    monkeypatch.setattr(ledger, "PASSING", (replace(swap, relies_on=(changed,)),))
+    with pytest.raises(PatchLedgerError, match=swap.name):
+        ledger.check_source()

@@ -27,6 +27,7 @@ class Reader:
         self.lines: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.first = threading.Event()
+        self.ended_whole = False
         self.thread = threading.Thread(target=self._read, args=(server,))
         self.thread.start()
         assert self.first.wait(60)
@@ -37,6 +38,7 @@ class Reader:
                 self.lines.append(json.loads(line))
                 self.times.append(time.monotonic())
                 self.first.set()
+        self.ended_whole = True
 
 
 def test_sigterm_in_a_round_ends_the_server_and_every_process(tiny_model: Path, tmp_path: Path) -> None:
@@ -55,6 +57,7 @@ def test_sigterm_in_a_round_ends_the_server_and_every_process(tiny_model: Path, 
     assert reader.lines[0]["type"] == "trajectory"
     assert reader.lines[-1]["type"] == "error"
     assert reader.lines[-1]["error"]["type"] == "EngineDeadError"
+    assert reader.ended_whole
 
 
 def test_a_killed_engine_core_is_an_error_line_within_ten_seconds(tiny_model: Path, tmp_path: Path) -> None:
