@@ -215,7 +215,8 @@ def run_early_core(tracker: int, reads: int, modules: Sequence[str], eager: bool
     """Body of the process: import, wait for the process object, be it."""
     # Ctrl-C goes to the whole group; the parent handles it, and this process ends with the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _import_while_waiting(modules, eager=eager)
+    if modules:
+        _import_while_waiting(modules, eager=eager)
     header = _read_exactly(reads, _LENGTH.size)
     for name, value in json.loads(_read_exactly(reads, *_LENGTH.unpack(header))).items():
         if value is None:

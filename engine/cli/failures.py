@@ -106,7 +106,8 @@ def errors_as_lines(flag_of: Callable[[str], str], *, debug: bool) -> Iterator[N
     except Exception as error:
         if debug:
             console.print_exception()
-        console.print(Text.assemble(("error: ", "bold red"), describe(error, flag_of)))
+        label = "" if exit_code_of(error) > 128 else "error: "
+        console.print(Text.assemble((label, "bold red"), describe(error, flag_of)))
         if advice := getattr(error, "advice", ""):
             console.print(advice, markup=False)
         raise typer.Exit(exit_code_of(error)) from None

@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from longtail.engine.cli.round_summary import RoundSummary, counted, ended_by_itself
+from longtail.engine.cli.round_summary import RoundSummary, counted
 from longtail.engine.trajectory import Round, Trajectory
 
 _REDRAW_S = 0.25
@@ -79,12 +79,19 @@ class RoundProgress:
         self._reset(num_groups, group_size, target_groups)
         self._print_line(f"round: {num_groups} groups of {group_size}, target {target_groups} complete groups")
         if self._console.is_terminal:
-            self._live = Live(self.render(), console=self._console, auto_refresh=False)
+            self._live = Live(
+                self.render(),
+                console=self._console,
+                auto_refresh=False,
+                # Logging handlers that are made meanwhile would keep the stand-ins that rich puts into `sys`.
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
             self._live.start(refresh=True)
 
     def on_trajectory(self, trajectory: Trajectory) -> None:
         """Count a trajectory that has its final output."""
-        if ended_by_itself(trajectory):
+        if trajectory.ended_by_itself:
             insort(self._lengths, len(trajectory.output_token_ids))
             self._ended_by_group[trajectory.group_id] += 1
             self._num_groups_done += self._ended_by_group[trajectory.group_id] == self._group_size
@@ -247,7 +254,7 @@ def summary_table(round: Round) -> Table:
 
 
 def _failures(round: Round) -> str:
-    found = Counter(t.finish_reason for t in round.trajectories if not ended_by_itself(t) and not t.was_cut)
+    found = Counter(t.finish_reason for t in round.trajectories if not t.ended_by_itself and not t.was_cut)
     return ", ".join(f"{counted(number, 'member')}: {reason}" for reason, number in sorted(found.items()))
 
 

@@ -6,13 +6,14 @@ of them, in bars of one width. Each bar says its numbers in a `<title>`.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
 from longtail.engine.cli.report_svg import CHAR_PX, LEFT, WIDTH, Axis, nice_step, rect, svg, text, x_ticks, y_grid
 from longtail.engine.cli.round_summary import Lengths, Quantile, RoundSummary
 
-_NUM_BINS = 48
+_MIN_BINS, _NUM_BINS = 12, 48
 _HEIGHT_PX = 210
 _QUANTILES = ((0.5, "median"), (0.9, "p90"), (0.99, "p99"), (1.0, "max"))
 
@@ -28,7 +29,8 @@ def histogram_svg(summary: RoundSummary) -> str:
     everything = lengths.all
     if not everything:
         return ""
-    width = bin_width(everything[-1])
+    # As many bars as the number of trajectories can fill, up to what the eye takes.
+    width = bin_width(everything[-1], min(_NUM_BINS, max(_MIN_BINS, round(3 * math.sqrt(len(everything))))))
     num_bins = everything[-1] // width + 1
     counts = [(_count(lengths.ended, i, width), _count(lengths.stopped, i, width)) for i in range(num_bins)]
     labels = _quantile_labels(lengths)

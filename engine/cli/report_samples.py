@@ -5,9 +5,11 @@ Long texts and metadata are clipped in the middle, and say so. Everything is esc
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from html import escape
+from typing import Any
 
-from longtail.engine.cli.round_summary import end_words, ended_by_itself, has_started
+from longtail.engine.cli.round_summary import end_words, has_started
 from longtail.engine.trajectory import Group, Round, Trajectory
 
 _HEAD_CHARS, _TAIL_CHARS = 900, 400
@@ -19,9 +21,9 @@ _MAX_TOKEN_IDS = 120
 def pick_samples(round: Round) -> list[tuple[str, Group, Trajectory]]:
     """A typical answer, the longest kept one, and the cut one that had come furthest; as many as there are."""
     members = [(group, t) for group in round.groups for t in group.trajectories]
-    ended = sorted(((g, t) for g, t in members if ended_by_itself(t)), key=_by_length)
+    ended = sorted(((g, t) for g, t in members if t.ended_by_itself), key=_by_length)
     kept = [(g, t) for g, t in ended if g.complete] or ended
-    cut = sorted(((g, t) for g, t in members if not ended_by_itself(t) and has_started(t)), key=_by_length)
+    cut = sorted(((g, t) for g, t in members if not t.ended_by_itself and has_started(t)), key=_by_length)
     samples = []
     if kept:
         samples.append(("A typical answer", *kept[(len(kept) - 1) // 2]))
@@ -45,7 +47,7 @@ def samples_card(round: Round) -> str:
 def _sample(heading: str, group: Group, trajectory: Trajectory) -> str:
     ids = trajectory.output_token_ids
     fate = "complete" if group.complete else "not complete"
-    metadata = list({**group.metadata, **trajectory.metadata}.items())
+    metadata = list(_facts({**group.metadata, **trajectory.metadata}))
     facts = [
         ("trajectory", f"{trajectory.trajectory_id}, group {group.group_id} ({fate})"),
         ("length", f"{len(ids):,} tokens, ended by {end_words(trajectory)}"),
@@ -58,6 +60,17 @@ def _sample(heading: str, group: Group, trajectory: Trajectory) -> str:
         more = f" … and {len(ids) - _MAX_TOKEN_IDS:,} more" if len(ids) > _MAX_TOKEN_IDS else ""
         text = f'<span class="gap">no text; token ids:</span> {" ".join(map(str, ids[:_MAX_TOKEN_IDS]))}{more}'
     return f'<div class="sample"><b>{escape(heading)}</b><dl>{rows}</dl><pre>{text}</pre></div>'
+
+
+def _facts(metadata: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The metadata, of nested objects the strings and numbers only: a task keeps its whole entry there."""
+    for key, value in metadata.items():
+        if isinstance(value, Mapping):
+            yield from (
+                (f"{key}.{name}", inner) for name, inner in value.items() if isinstance(inner, (str, int, float))
+            )
+        else:
+            yield key, value
 
 
 def _clip(text: str, head: int, tail: int) -> str:

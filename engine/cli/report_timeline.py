@@ -16,7 +16,6 @@ from longtail.engine.cli.report_svg import CHAR_PX, LEFT, RIGHT, WIDTH, Axis, re
 from longtail.engine.cli.round_summary import (
     RoundSummary,
     end_words,
-    ended_by_itself,
     has_started,
     outcome_of,
 )
@@ -134,7 +133,7 @@ def _bar(summary: RoundSummary, group: Group, trajectory: Trajectory, x: Axis, y
     if times.scheduled_s is None:
         ran = "when it ran is not known" if has_started(trajectory) else "never started"
     tokens = len(trajectory.output_token_ids)
-    bound = "" if ended_by_itself(trajectory) else "at least "
+    bound = "" if trajectory.ended_by_itself else "at least "
     lines = (
         trajectory.trajectory_id,
         f"group {group.group_id} ({_fate(group)})",

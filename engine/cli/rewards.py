@@ -13,7 +13,6 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from longtail.engine.cli.round_summary import ended_by_itself
 from longtail.engine.tasks import score
 from longtail.engine.trajectory import Group, Round, Trajectory
 
@@ -24,7 +23,7 @@ _MAX_ROWS = 40
 
 def scored(trajectory: Trajectory, task: str) -> Trajectory:
     """The trajectory with its reward in the metadata, if it has one."""
-    if not ended_by_itself(trajectory):
+    if not trajectory.ended_by_itself:
         return trajectory
     reward = score(task, trajectory.text, trajectory.metadata)
     return msgspec.structs.replace(trajectory, metadata={**trajectory.metadata, REWARD: reward})
@@ -49,12 +48,12 @@ def mean_reward(trajectories: Sequence[Trajectory]) -> float | None:
 def groups_table(round: Round) -> Table:
     """One row a group: what became of it, how long its answers are, and how right."""
     table = Table(title="Groups", title_justify="left")
-    table.add_column("group", style="bold")
+    table.add_column("group", style="bold", overflow="fold")
     table.add_column("state")
-    for name in ("members ended", "shortest", "longest", "mean reward"):
+    for name in ("ended", "shortest", "longest", "mean reward"):
         table.add_column(name, justify="right")
     for group in round.groups[:_MAX_ROWS]:
-        lengths = [len(t.output_token_ids) for t in group.trajectories if ended_by_itself(t)]
+        lengths = [len(t.output_token_ids) for t in group.trajectories if t.ended_by_itself]
         table.add_row(
             Text(group.group_id),
             _state(group),
@@ -64,7 +63,7 @@ def groups_table(round: Round) -> Table:
         )
     table.add_section()
     left_out = len(round.groups) - _MAX_ROWS
-    name = "complete groups" if left_out <= 0 else f"complete groups ({left_out:,} groups not shown)"
+    name = "all complete ones" if left_out <= 0 else f"all complete ones ({left_out:,} groups not shown)"
     members = [t for group in round.complete_groups for t in group.trajectories]
     table.add_row(Text(name), "", f"{len(members)}", "", "", _shown(mean_reward(members)))
     return table

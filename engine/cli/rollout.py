@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
 
 from longtail.engine.cli.engine_output import engine_output_to, last_error_in, longtail_log_on
 from longtail.engine.cli.failures import CommandError, StoppedBySignal, describe, signals_raise
 from longtail.engine.cli.model import make_ready
 from longtail.engine.cli.progress import RoundProgress
-from longtail.engine.cli.report import write_report
+from longtail.engine.cli.report import headline, write_report
 from longtail.engine.cli.rewards import groups_table, scored, with_trajectories
 from longtail.engine.cli.rollout_request import RolloutRequest
-from longtail.engine.cli.round_summary import counted
+from longtail.engine.cli.round_summary import RoundSummary, counted
 from longtail.engine.config import EngineConfig
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.run_settings import save_settings, settings_path
@@ -105,6 +108,7 @@ def run_rollout(
     console = Console()
     if request.settings.task is not None:
         console.print(groups_table(round))
+    console.print(Text(headline(RoundSummary.of(round)), style="bold"))
     console.print(f"trajectories: {request.out}", soft_wrap=True, highlight=False, markup=False)
     if report is not None:
         try:
@@ -166,7 +170,14 @@ def _started(request: RolloutRequest, console: Console) -> Iterator[RolloutEngin
     before = time.monotonic()
     console.print(f"starting the engine on {request.settings.model}", soft_wrap=True, highlight=False, markup=False)
     folder = make_ready(request.engine.model, "float32", console)
-    with console.status("loading the model"):
+    with Live(
+        Spinner("dots", "loading vLLM and the model"),
+        console=console,
+        transient=True,
+        # vLLM's log handlers would keep the stand-ins that rich puts into `sys`.
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ):
         engine = open_engine(dataclasses.replace(request.engine, model=str(folder)))
     with engine:
         console.print(f"engine ready after {time.monotonic() - before:.1f} s", highlight=False)

@@ -19,13 +19,6 @@ from longtail.engine.trajectory import Group, Round, Trajectory
 Outcome = Literal["kept", "unused", "cut", "failed"]
 OUTCOMES: tuple[Outcome, ...] = ("kept", "unused", "cut", "failed")
 
-_OWN_ENDS = ("stop", "length", "repetition")
-
-
-def ended_by_itself(trajectory: Trajectory) -> bool:
-    """Nobody stopped it: its length is its own (`length` means that it used up its budget)."""
-    return trajectory.finish_reason in _OWN_ENDS
-
 
 def has_started(trajectory: Trajectory) -> bool:
     """It was in the batch at least once."""
@@ -40,7 +33,7 @@ def end_words(trajectory: Trajectory) -> str:
 
 def outcome_of(trajectory: Trajectory, group: Group) -> Outcome:
     """What became of a member of `group`."""
-    if ended_by_itself(trajectory):
+    if trajectory.ended_by_itself:
         return "kept" if group.complete else "unused"
     return "cut" if trajectory.was_cut else "failed"
 
@@ -70,7 +63,7 @@ class Lengths:
         stopped: list[int] = []
         for trajectory in trajectories:
             if has_started(trajectory):
-                (ended if ended_by_itself(trajectory) else stopped).append(len(trajectory.output_token_ids))
+                (ended if trajectory.ended_by_itself else stopped).append(len(trajectory.output_token_ids))
         return cls(tuple(sorted(ended)), tuple(sorted(stopped)))
 
     @property

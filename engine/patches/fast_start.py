@@ -11,7 +11,7 @@ from longtail.engine.patches.entry import Entry, Source
 ENTRY = Entry(
     name="cpu-fast-start",
     what="While an engine is built: its core is a process that runs already, and model classes are looked at in place.",
-    why="Stock vLLM starts three Pythons one after the other, and imports the compilation stack that it then turns off.",
+    why="Stock vLLM starts three Pythons in turn, and imports the compilation stack that it then turns off.",
     upstream=(),
     versions=("0.32.0",),
     where="cpu",

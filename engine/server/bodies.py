@@ -115,7 +115,8 @@ def parse_body(value: Any) -> RolloutBody:
         InvalidInputError: names the field, or `body` when it is no object.
 
     """
-    return _convert(value, RolloutBody, "")
+    body: RolloutBody = _convert(value, RolloutBody, "")
+    return body
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:

@@ -29,14 +29,13 @@ SCOPE_KEY = "longtail.json"
 MAX_DEPTH = 100
 
 #: Fields of vLLM's bodies that its validators touch before they look at the type, and the type that they expect.
-_SHAPES: Mapping[str, type] = {
-    "messages": list,
-    "request_ids": list,
-    "response_format": dict,
-    "structured_outputs": dict,
-    "vllm_xargs": dict,
+_SHAPES: Mapping[str, tuple[type, str]] = {
+    "messages": (list, "a list"),
+    "request_ids": (list, "a list"),
+    "response_format": (dict, "an object"),
+    "structured_outputs": (dict, "an object"),
+    "vllm_xargs": (dict, "an object"),
 }
-_TYPE_NAMES = {list: "a list", dict: "an object"}
 
 _LEVELS = re.compile(rb'"(?:[^"\\]|\\.)*"|([\[{])|([\]}])', re.DOTALL)
 _LONG_NUMBER = re.compile(rb"\d{19}")
@@ -121,9 +120,9 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _check_shapes(value: dict[str, Any]) -> None:
-    for name, kind in _SHAPES.items():
+    for name, (kind, expected) in _SHAPES.items():
         if (found := value.get(name)) is not None and not isinstance(found, kind):
-            raise InvalidInputError(name, _TYPE_NAMES[kind], found)
+            raise InvalidInputError(name, expected, found)
     if "messages" in value and value["messages"] is None:
         raise InvalidInputError("messages", "a list", None)
     xargs = value.get("vllm_xargs") or {}

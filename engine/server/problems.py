@@ -57,16 +57,16 @@ def status_of(error: Exception) -> HTTPStatus:
 
 def problem(error: Exception) -> dict[str, Any]:
     """The `error` object for an error."""
-    field = getattr(error, "problem", error)
-    named = isinstance(field, InvalidInputError)
+    cause = error.problem if isinstance(error, BodyTooLargeError) else error
+    wrong = cause if isinstance(cause, InvalidInputError) else None
     return {
-        "message": str(field),
+        "message": str(cause),
         "type": _type_name(error),
         "code": status_of(error).value,
-        "param": field.field if named else None,
-        "field": field.field if named else None,
-        "expected": field.expected if named else None,
-        "got": field.got if named else None,
+        "param": wrong and wrong.field,
+        "field": wrong and wrong.field,
+        "expected": wrong and wrong.expected,
+        "got": wrong and wrong.got,
     }
 
 
@@ -80,8 +80,9 @@ async def handle(request: Request, error: Exception) -> JSONResponse:
     return problem_response(error)
 
 
-async def handle_http(request: Request, error: HTTPException) -> JSONResponse:
+async def handle_http(request: Request, error: Exception) -> JSONResponse:
     """For what the router itself refuses; Starlette answers in another shape."""
+    assert isinstance(error, HTTPException)
     expected, got = error.detail, None
     field = {HTTPStatus.METHOD_NOT_ALLOWED: "method", HTTPStatus.NOT_FOUND: "path"}.get(HTTPStatus(error.status_code))
     if field is not None:

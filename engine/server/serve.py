@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ import msgspec
 from longtail.engine.config import EngineConfig
 from longtail.engine.errors import EngineDeadError, InvalidInputError
 from longtail.engine.models import resolve_model
+from longtail.engine.patches import ledger
 from longtail.engine.server.settings import MAX_BODY_BYTES, MAX_MEMBERS, ServerConfig, bind
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def _run(config: EngineConfig, server: ServerConfig, listener: socket.socket) ->
     from longtail.engine.server import launch
 
     launch.set_environment(config, server)
-    launch.ledger.preflight()
+    ledger.preflight()
     import uvloop
     from vllm.utils.system_utils import set_ulimit
 
@@ -179,14 +181,27 @@ def _announce(listener: socket.socket, model: str) -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Until the event loop has its own handlers: let SIGTERM and SIGINT stop the start, in whatever code it is."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Until the event loop has its own handlers: let SIGTERM and SIGINT stop the start."""
+    before = {number: signal.signal(number, _stop_start) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stop_start(*_: object) -> NoReturn:
+    children = multiprocessing.active_children()
+    if not children:
+        raise KeyboardInterrupt
+    # While vLLM waits for its core, in ZeroMQ's poll, an exception of a signal handler is lost. There is nothing to
+    # save yet: end the core, its workers and this process here.
+    from vllm.utils.system_utils import kill_process_tree
+
+    for child in children:
+        if child.pid is not None:
+            kill_process_tree(child.pid)
+        child.join(_CLOSE_TIMEOUT_S)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
+from core_targets import answer, exit_with, fail, sleep_long, write_state
 
 from longtail.engine.early_core import EarlyCore, _LendingContext
 
@@ -30,28 +31,6 @@ def start(core: EarlyCore, target: Any, *args: Any) -> Any:
     process = _LendingContext(core).Process(target=target, args=args, name="Core")
     process.start()
     return process
-
-
-def write_state(path: Path) -> None:
-    names = ("LONGTAIL_TEST_LAUNCH", "LONGTAIL_TEST_LATER", "LONGTAIL_TEST_GONE", "LD_PRELOAD")
-    lines = [f"{os.getpid()} {multiprocessing.current_process().name}"]
-    path.write_text("\n".join([*lines, *(os.environ.get(name, "unset") for name in names)]), encoding="utf-8")
-
-
-def exit_with(code: int) -> None:
-    sys.exit(code)
-
-
-def fail() -> None:
-    raise RuntimeError("the core's own error")
-
-
-def sleep_long() -> None:
-    time.sleep(TIMEOUT_S)
-
-
-def answer(connection: Connection) -> None:
-    connection.send(os.getpid())
 
 
 def test_it_runs_the_target_with_the_environment_of_launch_and_the_changes_since(
@@ -78,12 +57,6 @@ def test_the_exit_code_is_the_targets(core: EarlyCore, target: Any, args: tuple[
     assert process.pid == core.pid
     process.join(TIMEOUT_S)
     assert (process.exitcode, process.is_alive()) == (code, False)
-
-
-def test_an_error_of_the_target_is_printed(capfd: pytest.CaptureFixture[str], core: EarlyCore) -> None:
-    process = start(core, fail)
-    process.join(TIMEOUT_S)
-    assert "the core's own error" in capfd.readouterr().err
 
 
 def test_its_death_wakes_who_waits_for_it(core: EarlyCore) -> None:
@@ -122,8 +95,9 @@ def test_it_is_lent_once(core: EarlyCore) -> None:
 def test_a_target_that_needs_a_file_descriptor_gets_a_fresh_process(core: EarlyCore) -> None:
     receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
     process = start(core, answer, sender)
-    process.join(TIMEOUT_S)
+    assert receiver.poll(TIMEOUT_S)
     assert receiver.recv() == process.pid != core.pid
+    process.join(TIMEOUT_S)
 
 
 def test_a_core_that_is_never_lent_ends_with_its_block() -> None:
@@ -176,3 +150,22 @@ core.close()
     )
     assert "exit code 1" in done.stdout
     assert done.stderr.count("bootstrapping phase") == 1
+
+
+def test_an_error_of_the_target_is_printed(tmp_path: Path) -> None:
+    done = run_script(
+        """
+from longtail.engine.early_core import EarlyCore, _LendingContext
+def fail():
+    raise RuntimeError("the core's own error")
+if __name__ == "__main__":
+    with EarlyCore.launch({}, eager=True, modules=()) as core:
+        process = _LendingContext(core).Process(target=fail)
+        process.start()
+    process.join()
+    print(process.exitcode, process.pid == core.pid)
+""",
+        tmp_path,
+    )
+    assert done.stdout.split() == ["1", "True"]
+    assert "the core's own error" in done.stderr

@@ -22,12 +22,11 @@ def test_what_is_put_off_is_not_imported_and_works_when_it_is_used() -> None:
     body = f"""
 import gc, os, sys
 from longtail.engine.light_imports import light_imports
-before = dict(os.environ)
 with light_imports(eager=True):
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker
     print(gc.isenabled())
-print(gc.isenabled(), dict(os.environ) == before)
+print(gc.isenabled(), "TORCHDYNAMO_DISABLE" in os.environ)
 print([name for name in ({LOWERING!r}, "scipy.signal", "scipy.stats") if name in sys.modules])
 
 import vllm.multimodal.audio as audio
@@ -47,7 +46,7 @@ print("vllm::anything" in FALLBACK_ALLOW_LIST, torch._inductor.graph.FALLBACK_AL
 """
     collecting, after, put_off, resampled, same, helper, compiled, patched = run(body)
     assert collecting == "False"
-    assert after == "True True"
+    assert after == "True False"
     assert put_off == "[]"
     assert (
         resampled

@@ -201,7 +201,7 @@ def test_the_environment_is_set_in_the_block_only_and_for_child_processes(monkey
             os.environ["LD_PRELOAD"] = "/what/vllm/adds/libgomp.so"
             raise RuntimeError(subprocess.check_output(show, text=True).strip())
 
-    with pytest.raises(RuntimeError, match="^7$"):
+    with pytest.raises(RuntimeError, match=r"^7$"):
         start()
     assert dict(os.environ) == before
 

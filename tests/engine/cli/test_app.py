@@ -47,8 +47,8 @@ def test_help_and_errors_import_nothing_heavy() -> None:
     code = (
         "import sys\n"
         "from longtail.engine.cli.app import app\n"
-        "for args in (['--help'], ['rollout', '--help'], ['serve', '--help'], ['rollout', '--out', 'x', '--task', 't',\n"
-        "             '--top-p', '2']):\n"
+        "for args in (['--help'], ['rollout', '--help'], ['serve', '--help'],\n"
+        "             ['rollout', '--out', 'x', '--task', 't', '--top-p', '2']):\n"
         "    try: app(args)\n"
         "    except SystemExit: pass\n"
         f"print([name for name in {HEAVY} if name in sys.modules])\n"
@@ -109,7 +109,7 @@ def test_engine_options_reach_the_configuration_and_nothing_is_left_out() -> Non
     [
         (["--top-p", "1.5"], "--top-p: expected a finite number in (0, 1], got 1.5"),
         (["--temperature", "nan"], "--temperature: expected a finite number in [0, 100], got nan"),
-        (["--stop", ""], "--stop[0]: expected a non-empty str, got ''"),
+        (["--stop", ""], "--stop[0]: expected "),
         (["--max-num-seqs", "0"], "--max-num-seqs: expected an integer >= 1, got 0"),
         (["--engine-seed", "-1"], "--engine-seed: expected an integer in"),
         (["--dtype", "int4"], "--dtype: expected one of auto, float32"),

@@ -241,14 +241,14 @@ def test_occupancy_is_the_count_of_intervals_at_every_moment() -> None:
 
 def test_histogram_bars_hold_every_started_trajectory_once() -> None:
     svg = histogram_svg(RoundSummary.of(hand_made()))
-    assert bars(svg) == {(str(n), "ended"): 1 for n in (8, 10, 15, 20, 30, 40)} | {
-        (str(n), "stopped"): 1 for n in (5, 25)
+    assert bars(svg) == {(f"{n} to {n + 4}", "ended"): 1 for n in (5, 10, 15, 20, 30, 40)} | {
+        (f"{n} to {n + 4}", "stopped"): 1 for n in (5, 25)
     }
-    longer = round_of([group(*(member(f"a{i}", n, 0.0, 1.0) for i, n in enumerate((0, 19, 20, 480))))])
+    longer = round_of([group(*(member(f"a{i}", n, 0.0, 1.0) for i, n in enumerate((0, 49, 50, 480))))])
     assert bars(histogram_svg(RoundSummary.of(longer))) == {
-        ("0 to 19", "ended"): 2,
-        ("20 to 39", "ended"): 1,
-        ("480 to 499", "ended"): 1,
+        ("0 to 49", "ended"): 2,
+        ("50 to 99", "ended"): 1,
+        ("450 to 499", "ended"): 1,
     }
 
 

@@ -409,13 +409,13 @@ def test_killed_runs_leave_whole_lines_and_are_completed(tiny_model: Path, tmp_p
     """First the engine core is killed, then, in the run that continues, the whole command."""
     out, prompts = tmp_path / "o.jsonl", tmp_path / "p.jsonl"
     rng = random.Random(0)
-    lines = [{"token_ids": [rng.randrange(3, 259) for _ in range(8)], "id": f"g{i}"} for i in range(24)]
+    lines = [{"token_ids": [rng.randrange(3, 259) for _ in range(8)], "id": f"g{i}"} for i in range(16)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     first = _start(
         "--prompts", prompts, "--model", tiny_model, "--group-size", 2, "--out", out, "--max-tokens", 900,
         "--max-model-len", 1024, "--max-num-seqs", 8, "--kv-cache-gib", 0.1, "--block-size", 32, "--seed", 1,
     )  # fmt: skip
-    _wait_for_lines(out, 6, first)
+    _wait_for_lines(out, 4, first)
     core = _engine_core(first)
     core.kill()
     killed_at = time.monotonic()
@@ -426,12 +426,12 @@ def test_killed_runs_leave_whole_lines_and_are_completed(tiny_model: Path, tmp_p
     assert f"longtail rollout --continue {out}" in errors
     assert "Traceback" not in errors
     num_before = _num_lines(out)
-    assert 6 <= num_before < 48  # otherwise it was not killed in mid-round
+    assert 4 <= num_before < 32  # otherwise it was not killed in mid-round
     assert len(list(read_trajectories(out))) == num_before
     assert out.read_bytes().endswith(b"\n")
 
     second = _start("--continue", out)
-    _wait_for_lines(out, num_before + 6, second)
+    _wait_for_lines(out, num_before + 4, second)
     core = _engine_core(second)
     second.kill()
     second.communicate(timeout=60)
@@ -439,7 +439,7 @@ def test_killed_runs_leave_whole_lines_and_are_completed(tiny_model: Path, tmp_p
         num_before = len(list(read_trajectories(out)))
         assert out.read_bytes().endswith(b"\n")
         complete = set(index_file(out).complete_groups(2))
-        assert len(complete) < 24
+        assert len(complete) < 16
     finally:
         if core.is_running():
             core.kill()
@@ -449,7 +449,7 @@ def test_killed_runs_leave_whole_lines_and_are_completed(tiny_model: Path, tmp_p
     assert third.returncode == 0, errors
     assert "Round" in output
     groups = list(read_groups(out, 2))
-    assert sorted(group.group_id for group in groups) == sorted(f"g{i}" for i in range(24))
+    assert sorted(group.group_id for group in groups) == sorted(f"g{i}" for i in range(16))
     assert all(group.complete for group in groups)
     again = {t.group_id for t in list(read_trajectories(out))[num_before:]}
     assert again.isdisjoint(complete)  # only what was missing was run

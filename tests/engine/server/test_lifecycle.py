@@ -81,10 +81,9 @@ def test_a_killed_engine_core_is_an_error_line_within_ten_seconds(tiny_model: Pa
             client.get("/health")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("wait_for_core", [False, True])
+@pytest.mark.parametrize(("number", "wait_for_core"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_server_that_is_told_to_stop_while_it_starts_leaves_nothing(
-    tiny_model: Path, tmp_path: Path, number: int, wait_for_core: bool
+    tiny_model: Path, tmp_path: Path, number: signal.Signals, wait_for_core: bool
 ) -> None:
     server = ServerProcess(tiny_model, tmp_path / "log")
     try:
