@@ -24,7 +24,8 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-DEMO_ARGS ?= --model smollm2 --task chain_sum --group-size 4 --target-groups 8 --over-provision 2 --max-tokens 256 --seed 0
+DEMO_ARGS ?= --task letter_counting --group-size 4 --target-groups 6 --over-provision 2 --temperature 1 --top-p 0.95 \
+    --max-tokens 512 --max-num-seqs 32 --seed 0 --out runs/demo.jsonl --report report.html --overwrite
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 

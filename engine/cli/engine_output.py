@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -60,12 +61,18 @@ def _is_descriptor(stream: TextIO, number: int) -> bool:
         return False
 
 
+#: Environment in which vLLM, and the torch below it, say only what is wrong.
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore::FutureWarning"}
+
+
 def quiet_vllm() -> dict[str, Any]:
     """Let vLLM say only what is wrong, unless the user's environment decides; call it before vLLM is imported.
 
-    Returns: `EngineArgs` fields that go with it.
+    Returns: fields of vLLM's `EngineArgs` that go with it.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore", FutureWarning)
     return {"use_tqdm_on_load": False}
 
 

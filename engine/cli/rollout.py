@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,12 @@ from longtail.engine.trajectory_lines import named_os_error
 if TYPE_CHECKING:
     from longtail.engine.rollout_engine import RolloutEngine
     from longtail.engine.round_run import RoundProgress as SchedulerProgress
+
+
+#: What vLLM's errors say of output that is in the log here.
+_ELSEWHERE = re.compile(
+    r" See (root cause above|stack trace \(above\) for the root cause)\.| Failed core proc\(s\): {}"
+)
 
 
 def open_engine(config: EngineConfig) -> RolloutEngine:
@@ -213,7 +220,7 @@ def _advice(out: Path) -> str:
 
 
 def _cause(error: Exception, out: Path, verbose: bool) -> str:
-    words = describe(error)
+    words = _ELSEWHERE.sub("", describe(error))
     if verbose:
         return words
     found = last_error_in(log_path(out))

@@ -28,6 +28,7 @@ class PromptBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     messages: list[dict[str, Any]] | None = None
     group_id: str | None = None
     max_tokens: int | list[Any] | None = None
+    seed: int | None = None
     metadata: dict[str, Any] = {}
 
 

@@ -6,7 +6,6 @@ vLLM's own command line is not used: it asks for a distribution named `vllm`, wh
 from __future__ import annotations
 
 import os
-import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from longtail.engine.config import EngineConfig
 from longtail.engine.errors import InvalidInputError
+from longtail.engine.launch import prepared_process
 from longtail.engine.patches import ledger
-from longtail.engine.runtime import describe, pick_runtime, spawn_environment
 from longtail.engine.server.endpoint import LongtailEndpoints
 from longtail.engine.server.scheduler_link import SchedulerLink
 from longtail.engine.server.settings import ServerConfig
@@ -93,31 +92,37 @@ def frontend_args(config: EngineConfig, server: ServerConfig, model_dir: Path) -
 
 
 @asynccontextmanager
-async def running_engine(config: EngineConfig, model_dir: Path) -> AsyncIterator[AsyncLLM]:
-    """vLLM's asyncio engine, its core in a process of its own, with the patch ledger in every process.
+async def running_engine(
+    config: EngineConfig, server: ServerConfig, model_dir: Path
+) -> AsyncIterator[tuple[AsyncLLM, Namespace]]:
+    """vLLM's asyncio engine, its core in a process of its own, and the options for its app.
 
     Raises:
         InvalidInputError: vLLM refuses the configuration.
         PatchLedgerError: a process runs without the ledger.
 
     """
-    from longtail.engine.server.engine_client import RolloutAsyncLLM
-    from longtail.engine.vllm_args import build_vllm_config
+    with prepared_process(config, model_dir):
+        from longtail.engine.server.engine_client import RolloutAsyncLLM
+        from longtail.engine.vllm_args import build_vllm_config
 
-    runtime = pick_runtime(config.runtime, model_dir=model_dir)
-    sys.stderr.write(describe(runtime) + "\n")
-    with spawn_environment(runtime):
+        args = frontend_args(config, server, model_dir)
         vllm_config = build_vllm_config(config, model_dir)
-        engine = RolloutAsyncLLM.from_vllm_config(vllm_config=vllm_config)
+        engine = RolloutAsyncLLM.from_vllm_config(
+            vllm_config=vllm_config,
+            disable_log_stats=args.disable_log_stats,
+            enable_log_requests=args.enable_log_requests,
+        )
     try:
         try:
             answer = await SchedulerLink(engine).call("rollout_rpc", "ledger", {})
         except Exception as error:
+            # The core answers a method that it does not have with an exception of no particular type.
             if "no attribute 'rollout_rpc'" not in str(error):
                 raise
             answer = error
         ledger.verify_answer(answer)
-        yield engine
+        yield engine, args
     finally:
         engine.shutdown(timeout=vllm_config.shutdown_timeout)
 

@@ -2,7 +2,7 @@
 
 The socket is bound before the model loads, so that a taken port fails at once. When requests are served, one line
 goes to stdout: `LONGTAIL_SERVING {"host": ..., "port": ..., "model": ..., "pid": ...}`. SIGTERM and SIGINT end the
-requests that run, the engine core and the server, in any phase of its life.
+requests that run, the engine core and the server; while it starts, they end the process itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import msgspec
 from longtail.engine.config import EngineConfig
 from longtail.engine.errors import EngineDeadError, InvalidInputError
 from longtail.engine.models import resolve_model
-from longtail.engine.patches import ledger
 from longtail.engine.server.settings import MAX_BODY_BYTES, MAX_MEMBERS, ServerConfig, bind
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def serve(
     )
     if config.core != "process":
         raise InvalidInputError("engine.core", "process, because a server needs the front end for itself", config.core)
-    with bind(server.host, server.port) as listener, _interruptible(), contextlib.suppress(KeyboardInterrupt):
+    with bind(server.host, server.port) as listener, _interruptible():
         _run(config, server, listener)
 
 
@@ -98,15 +97,13 @@ def _run(config: EngineConfig, server: ServerConfig, listener: socket.socket) ->
     from longtail.engine.server import launch
 
     launch.set_environment(config, server)
-    ledger.preflight()
     import uvloop
-    from vllm.utils.system_utils import set_ulimit
-
-    set_ulimit()
-    args = launch.frontend_args(config, server, model_dir)
 
     async def main() -> None:
-        async with launch.running_engine(config, model_dir) as engine:
+        async with launch.running_engine(config, server, model_dir) as (engine, args):
+            from vllm.utils.system_utils import set_ulimit
+
+            set_ulimit()
             app = await launch.build_server_app(engine, args)
             await _serve_until_stopped(engine, app, args, listener, config.model)
 
@@ -191,14 +188,13 @@ def _interruptible() -> Iterator[None]:
 
 
 def _stop_start(*_: object) -> NoReturn:
-    children = multiprocessing.active_children()
-    if not children:
-        raise KeyboardInterrupt
-    # While vLLM waits for its core, in ZeroMQ's poll, an exception of a signal handler is lost. There is nothing to
-    # save yet: end the core, its workers and this process here.
-    from vllm.utils.system_utils import kill_process_tree
+    """End the core, its workers and this process; there is nothing to save yet.
 
-    for child in children:
+    An exception would not do: it can be lost in an import, and is in ZeroMQ's poll, where vLLM waits for its core.
+    """
+    for child in multiprocessing.active_children():
+        from vllm.utils.system_utils import kill_process_tree
+
         if child.pid is not None:
             kill_process_tree(child.pid)
         child.join(_CLOSE_TIMEOUT_S)

@@ -19,6 +19,8 @@ import httpx
 import psutil
 
 API_KEY = "test-key"
+MAX_BODY_BYTES = 1 << 20
+MAX_MEMBERS = 512
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 READY_PREFIX = "LONGTAIL_SERVING "

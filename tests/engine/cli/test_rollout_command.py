@@ -412,7 +412,7 @@ def test_killed_runs_leave_whole_lines_and_are_completed(tiny_model: Path, tmp_p
     lines = [{"token_ids": [rng.randrange(3, 259) for _ in range(8)], "id": f"g{i}"} for i in range(16)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     first = _start(
-        "--prompts", prompts, "--model", tiny_model, "--group-size", 2, "--out", out, "--max-tokens", 900,
+        "--prompts", prompts, "--model", tiny_model, "--group-size", 2, "--out", out, "--max-tokens", 400,
         "--max-model-len", 1024, "--max-num-seqs", 8, "--kv-cache-gib", 0.1, "--block-size", 32, "--seed", 1,
     )  # fmt: skip
     _wait_for_lines(out, 4, first)

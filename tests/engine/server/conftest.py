@@ -7,10 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server_process import ServerProcess, running_server
-
-MAX_BODY_BYTES = 1 << 20
-MAX_MEMBERS = 512
+from server_process import MAX_BODY_BYTES, MAX_MEMBERS, ServerProcess, running_server
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from server_process import API_KEY, ServerProcess
+from server_process import API_KEY, MAX_BODY_BYTES, ServerProcess
 from starlette.routing import Mount, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
 
@@ -148,7 +148,7 @@ def test_the_open_paths_are_open_and_the_key_opens_the_rest(http: httpx.Client, 
         body = {"prompts": [{"token_ids": [5]}]}
         assert stranger.post("/v1/rollouts", json=body).status_code == 401
         # No body is read for a stranger: not even a huge one gets another answer.
-        assert stranger.post("/v1/rollouts", content=b"x" * (2 << 20)).status_code == 401
+        assert stranger.post("/v1/rollouts", content=b"x" * (2 * MAX_BODY_BYTES)).status_code == 401
     assert http.get("/is_paused").json() == {"is_paused": False}
 
 

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
-from server_process import ServerProcess, read_lines
+from server_process import MAX_BODY_BYTES, MAX_MEMBERS, ServerProcess, read_lines
 
 from longtail.engine.server.json_door import MAX_DEPTH
 
 NUM_CASES = 200
-MAX_BODY_BYTES, MAX_MEMBERS = 1 << 20, 512
 VOCABULARY, MAX_MODEL_LEN = 512, 512
 NAN, INFINITY, HUGE = float("nan"), float("inf"), 10**30
 COMPLETIONS, CHAT, ROLLOUTS = "/v1/completions", "/v1/chat/completions", "/v1/rollouts"
