@@ -75,7 +75,7 @@ def test_missing_field_is_named(missing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [7, 1.5, b"x", [], [GOOD], "", "{", "[]", "null", "\ud800", "x" * (MAX_JSON_CHARS + 1), {1: 2}]
+    "value", [7, 1.5, b"x", [], [GOOD], "", "{", "[]", "null", "\ud800", "[" * 4000, "x" * (MAX_JSON_CHARS + 1), {1: 2}]
 )
 def test_wrong_shape_is_refused(value: object) -> None:
     with pytest.raises(InvalidInputError) as caught:
