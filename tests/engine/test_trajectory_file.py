@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import random
 import signal
@@ -133,6 +134,8 @@ def test_a_writer_with_a_buffer_would_lose_lines_that_it_reported(tmp_path: Path
 def test_a_torn_last_line_is_skipped_by_readers_and_cut_off_when_the_file_is_continued(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    # Libraries that other tests load set the root logger's level.
+    caplog.set_level(logging.WARNING, logger="longtail")
     path = tmp_path / "out.jsonl"
     first, second = make(index=0), make(index=1)
     write(path, first, second)
