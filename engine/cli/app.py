@@ -6,9 +6,12 @@ so that help and errors come at once.
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -39,9 +42,20 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point of the console script."""
-    app(prog_name="longtail")
+    code: object = 0
+    try:
+        app(prog_name="longtail")
+    except SystemExit as end:
+        code = end.code
+    if "vllm" not in sys.modules:
+        sys.exit(code if isinstance(code, int) else 1)
+    # The end of an interpreter with vLLM in it takes seconds, in which its libraries complain of each other.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def _print_version(wanted: bool) -> None:
@@ -162,8 +176,11 @@ def model(
 
 @app.command()
 @command
-def doctor(common: CommonOptions) -> None:
+def doctor(
+    common: CommonOptions,
+    model: Annotated[str | None, typer.Option(help="Start an engine with this model and look at it, too.")] = None,
+) -> None:
     """Check the installation: versions, platform, and every change that longtail makes to vLLM."""
     from longtail.engine.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(Console()))
+    raise typer.Exit(run_doctor(Console(), model))

@@ -28,9 +28,9 @@ _TAIL_BYTES = 65_536
 
 @contextlib.contextmanager
 def engine_output_to(log: Path) -> Iterator[Console]:
-    """Send what this process and its children print to the end of `log`; the console inside still is the terminal's."""
+    """Send what this process and its children print to `log`, made anew; the console inside still is the terminal's."""
     with named_os_error(log, "the engine's output cannot be written"):
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()
     kept = {number: os.dup(number) for number in (1, 2)}
@@ -78,11 +78,15 @@ def quiet_vllm() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def longtail_log_on(console: Console) -> Iterator[None]:
-    """Show longtail's own log lines of this process, from INFO on."""
+    """Show longtail's own log lines of this process, from INFO on; those of a process forked from it go to stderr."""
+    own_pid = os.getpid()
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+            if os.getpid() == own_pid:
+                console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+            else:  # the console's lock may have been held when this process was forked
+                sys.stderr.write(self.format(record) + "\n")
 
     logger = logging.getLogger("longtail")
     handler, before = Lines(), (logger.level, logger.propagate)

@@ -259,7 +259,7 @@ def test_doctor_gives_its_verdict_as_exit_code(monkeypatch: pytest.MonkeyPatch) 
     from longtail.engine import doctor
 
     for verdict in (0, 1):
-        monkeypatch.setattr(doctor, "run_doctor", lambda console, verdict=verdict: verdict)
+        monkeypatch.setattr(doctor, "run_doctor", lambda console, model, verdict=verdict: verdict)
         assert run("doctor").exit_code == verdict
 
 
