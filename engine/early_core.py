@@ -25,11 +25,13 @@ import struct
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from multiprocessing import util
 from types import TracebackType
 from typing import Any, Final, Self
+
+from longtail.engine.core_process import EndsWithParent, start_cores_with
 
 #: What a core imports before it knows its model; each pulls in many more.
 CORE_MODULES: Final = (
@@ -37,7 +39,6 @@ CORE_MODULES: Final = (
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.model_loader.default_loader",
-    "longtail.engine.plugin",
 )
 _LENGTH = struct.Struct("!Q")
 _BOOT = (
@@ -113,24 +114,9 @@ class EarlyCore:
         same_interpreter = multiprocessing.spawn.get_executable() == self._executable
         return not self._lent and same_interpreter and self._child.poll() is None
 
-    @contextmanager
-    def lend(self) -> Iterator[None]:
+    def lend(self) -> AbstractContextManager[None]:
         """Within the block, vLLM's next core process is this one. Import vLLM before."""
-        import vllm.v1.engine.utils as engine_utils
-
-        names: Any = vars(engine_utils)
-        stock = names["get_mp_context"]
-        context = _LendingContext(self)
-
-        def get_mp_context() -> Any:
-            usual = stock()
-            return context if usual.get_start_method() == "spawn" else usual
-
-        names["get_mp_context"] = get_mp_context
-        try:
-            yield
-        finally:
-            names["get_mp_context"] = stock
+        return start_cores_with(_LendingContext(self))
 
     def close(self) -> None:
         """End it, unless it was lent; then it is vLLM's."""
@@ -187,7 +173,7 @@ class _LentPopen(multiprocessing.popen_spawn_posix.Popen):
         self.finalizer = util.Finalize(self, _close, (core._to_child, core._from_child))
 
 
-class _LentProcess(multiprocessing.context.SpawnProcess):
+class _LentProcess(EndsWithParent, multiprocessing.context.SpawnProcess):
     """A spawned process that runs in an `EarlyCore` if it can."""
 
     early_core: EarlyCore | None = None
@@ -243,10 +229,14 @@ def _import_while_waiting(modules: Sequence[str], *, eager: bool) -> None:
     import importlib
 
     from longtail.engine.light_imports import light_imports
+    from longtail.engine.patches import ledger
 
     with light_imports(eager=eager):
+        # What fails here will fail again, in vLLM, with an error that reaches the parent.
+        with suppress(Exception):
+            # Before the modules that it changes, so that none has taken a stock function from another.
+            ledger.apply()
         for name in modules:
-            # What is missing will be missed again, by vLLM, with an error that reaches the parent.
             with suppress(Exception):
                 importlib.import_module(name)
         # vLLM collects and freezes at the end of the start; there is next to no garbage among modules.
@@ -257,7 +247,7 @@ def _read_exactly(fd: int, num_bytes: int) -> bytes:
     data = b""
     while len(data) < num_bytes:
         if not (part := os.read(fd, num_bytes - len(data))):
-            sys.exit(0)
+            os._exit(0)
         data += part
     return data
 

@@ -1,4 +1,4 @@
-"""Put a `CpuRuntime` into a process that runs already, for an engine core that lives in it.
+"""Put a `CpuRuntime` into a process that runs already, for an engine core that lives in it or is forked from it.
 
 Intel's OpenMP library serves torch's calls only if it is in the process before torch is: the dynamic linker binds
 torch's symbols when torch is loaded, and takes them from the first library that has them. What comes too late is
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 from longtail.engine.runtime import PICKED, SET_BY_YOU, CpuRuntime, spawn_environment
 
@@ -35,12 +34,14 @@ def activate_inline(runtime: CpuRuntime) -> Iterator[CpuRuntime]:
         why = {**runtime.why, "allocator": "tcmalloc is not available: this process runs already"}
         runtime = replace(runtime, allocator="system", allocator_path=None, why=why)
     torch = sys.modules.get("torch")
-    if runtime.omp_library == "intel":
-        with spawn_environment(runtime):
-            runtime = _use_intel(runtime, torch)
-    if torch is not None:
-        torch.set_num_threads(runtime.omp_threads)
+    if runtime.omp_library == "intel" and (cause := load_intel(runtime)):
+        runtime = _with_gnu(runtime, cause)
     with spawn_environment(runtime):
+        if torch is not None:
+            torch.set_num_threads(runtime.omp_threads)
+        elif runtime.omp_path is not None:
+            # Its first call makes it read the environment, which is set only now.
+            ctypes.CDLL(str(runtime.omp_path)).omp_get_max_threads()
         try:
             yield runtime
         finally:
@@ -49,27 +50,22 @@ def activate_inline(runtime: CpuRuntime) -> Iterator[CpuRuntime]:
                 torch.set_num_threads = torch._C.set_num_threads  # type: ignore[attr-defined]
 
 
-def _use_intel(runtime: CpuRuntime, torch: ModuleType | None) -> CpuRuntime:
-    """Load libiomp5 so that torch's calls of OpenMP go to it; the safe choice if that can't be."""
-    loaded = _loaded_intel_or_llvm()
-    if runtime.omp_path is None or runtime.omp_path in _loaded_before_torch:
-        return runtime
-    if torch is not None:
-        return _with_gnu(
-            runtime, f"torch was imported first; start the engine before, or set LD_PRELOAD={runtime.omp_path}"
-        )
-    if foreign := [path for path in loaded if not _is_same(path, runtime.omp_path)]:
+def load_intel(runtime: CpuRuntime) -> str | None:
+    """Load libiomp5, unused, so that the calls of a torch that is imported later go to it; says why that can't be."""
+    path = runtime.omp_path
+    if path is None or path in _loaded_before_torch:
+        return None
+    if "torch" in sys.modules:
+        return f"torch was imported first; start the engine before, or set LD_PRELOAD={path}"
+    if foreign := [other for other in _loaded_intel_or_llvm() if not _is_same(other, path)]:
         # Two OpenMP libraries of this family in one process abort it.
-        return _with_gnu(runtime, f"{foreign[0].name} is loaded already")
+        return f"{foreign[0].name} is loaded already"
     try:
-        library = ctypes.CDLL(str(runtime.omp_path), mode=ctypes.RTLD_GLOBAL)
-        # Its first call makes it read the environment, which is set only now.
-        if library.omp_get_max_threads() != runtime.omp_threads:
-            library.omp_set_num_threads(runtime.omp_threads)
-    except (OSError, AttributeError) as error:
-        return _with_gnu(runtime, f"it cannot be loaded ({error})")
-    _loaded_before_torch.add(runtime.omp_path)
-    return runtime
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return f"it cannot be loaded ({error})"
+    _loaded_before_torch.add(path)
+    return None
 
 
 def _with_gnu(runtime: CpuRuntime, cause: str) -> CpuRuntime:

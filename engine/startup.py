@@ -1,12 +1,13 @@
 """Start a CPU engine fast: the one block to build vLLM's engine in.
 
-`fast_start` puts three things around the constructor: the CPU run-time (`runtime.py`), light imports
-(`light_imports.py`), and, for a core in its own process, that process started before the imports (`early_core.py`).
-vLLM also starts a Python of its own to look at a model class for the first time, which it does to keep CUDA out of
-the parent; on a CPU it is done here, and takes a second instead of a start of vLLM.
+`fast_start` puts these around the constructor: the CPU run-time (`runtime.py`), light imports (`light_imports.py`),
+and a core process that does not import after its parent what the parent has imported. In a fresh process the core is
+forked (`core_process.py`); otherwise it is a new process that is started before the imports (`early_core.py`). vLLM
+also starts a Python of its own to look at a model class for the first time, which it does to keep CUDA out of the
+parent; on a CPU it is done here, and takes a second instead of a start of vLLM.
 
-Nothing of vLLM may be imported before the block for its full effect; imported it may be, and then it only takes
-longer. On a GPU the block does nothing.
+Nothing of torch or vLLM may be imported before the block for its full effect; imported they may be, and then it only
+takes longer. On a GPU the block does nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from longtail.engine.config import EngineConfig
+from longtail.engine.core_process import ForkedCores, can_fork_core, start_cores_with
 from longtail.engine.early_core import EarlyCore
-from longtail.engine.inline_runtime import activate_inline
+from longtail.engine.inline_runtime import activate_inline, load_intel
 from longtail.engine.light_imports import light_imports
 from longtail.engine.runtime import CpuRuntime, pick_runtime, spawn_environment
 
@@ -36,28 +38,38 @@ def fast_start(config: EngineConfig, model_dir: Path) -> Iterator[CpuRuntime]:
     if not runtime.applies:
         yield runtime
         return
-    eager = config.enforce_eager is not False
     with ExitStack() as stack:
-        core: EarlyCore | None = None
+        eager = config.enforce_eager is not False
         if config.core == "inline":
-            # Later collections must not find the garbage that a trainer had before: what is frozen is never freed.
-            gc.collect()
             runtime = stack.enter_context(activate_inline(runtime))
+            _import_core(stack, eager=eager)
+        elif can_fork_core(runtime) and load_intel(runtime) is None:
+            _import_core(stack, eager=eager)
+            stack.enter_context(start_cores_with(ForkedCores()))
+            stack.enter_context(spawn_environment(runtime))
         else:
             core = stack.enter_context(EarlyCore.launch(runtime.environment(), eager=eager))
-            stack.enter_context(spawn_environment(runtime))
-        stack.enter_context(light_imports(eager=eager))
-        import vllm.v1.engine.llm_engine
+            stack.enter_context(light_imports(eager=eager))
+            import vllm.v1.engine.llm_engine  # noqa: F401
 
-        if core is None:
-            import vllm.v1.worker.cpu_worker  # noqa: F401
-
-            # vLLM freezes the heap at the end of the start, after a collection that this makes short.
-            gc.freeze()
-        else:
             stack.enter_context(core.lend())
+            # Only now: this process's own torch reads these variables when it is imported.
+            stack.enter_context(spawn_environment(runtime))
         stack.enter_context(_inspect_models_here())
         yield runtime
+
+
+def _import_core(stack: ExitStack, *, eager: bool) -> None:
+    """Import what the front end and the core need."""
+    # What is frozen below is never freed, so it must not include the garbage that a trainer had before.
+    gc.collect()
+    stack.enter_context(light_imports(eager=eager))
+    import vllm.model_executor.model_loader.default_loader
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    # vLLM freezes the heap at the end of the start, after a collection that this makes short.
+    gc.freeze()
 
 
 @contextmanager
