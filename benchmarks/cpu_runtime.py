@@ -28,6 +28,7 @@ from longtail.engine.cpu_machine import probe_machine
 from longtail.engine.models import resolve_model
 
 BATCH, PROMPT_TOKENS = 32, 16
+_WARM_UP_TOKENS = 4
 DEFAULT, STOCK = "defaults", "stock"
 _CLEARED = ("OMP_", "KMP_", "GOMP_", "LD_PRELOAD", "VLLM_CPU_OMP")
 
@@ -35,7 +36,7 @@ _CLEARED = ("OMP_", "KMP_", "GOMP_", "LD_PRELOAD", "VLLM_CPU_OMP")
 def main() -> None:
     """Run the arms and print the figures."""
     flags = bench_io.parse_flags(__doc__)
-    num_rounds, num_tokens = (4, 12) if flags.quick else (10, 24)
+    num_rounds, num_tokens = (4, 24) if flags.quick else (12, 32)
     model_dir = str(resolve_model("smollm2"))
     arms = _arms(quick=flags.quick)
     speeds: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -99,6 +100,7 @@ class _Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ,
         )  # fmt: skip
         self.picked: str = self._answer()["picked"]
+        self.measure(_WARM_UP_TOKENS)
 
     def __enter__(self) -> _Worker:
         return self

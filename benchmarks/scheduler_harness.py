@@ -88,6 +88,8 @@ class SchedulerHarness:
         prompt: list[int],
         max_tokens: int,
         rollout: Mapping[str, Any] | str | None = None,
+        *,
+        resumable: bool = False,
         **params: Any,
     ) -> Request:
         """Enqueue a request as the engine core would; `rollout` is its metadata."""
@@ -104,6 +106,7 @@ class SchedulerHarness:
             sampling_params=sampling,
             pooling_params=None,
             block_hasher=self._hasher,
+            resumable=resumable,
         )
         self.scheduler.add_request(request)
         return request

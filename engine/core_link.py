@@ -7,6 +7,7 @@ utility call never return. `CoreLink` watches the core's processes and wakes bot
 from __future__ import annotations
 
 import multiprocessing.connection
+import signal
 import threading
 from typing import Any
 
@@ -21,18 +22,24 @@ class CoreLink:
         self._inline_core: Any = getattr(client, "engine_core", None)
         self._closing = threading.Event()
         if self._inline_core is None:
-            processes = list(self._client.resources.engine_manager.processes)
-            self.pids = tuple(process.pid for process in processes)
-            threading.Thread(
-                target=self._watch, args=([p.sentinel for p in processes],), name="longtail-core-watch", daemon=True
-            ).start()
+            self._processes = list(self._client.resources.engine_manager.processes)
+            threading.Thread(target=self._watch, name="longtail-core-watch", daemon=True).start()
         else:
-            self.pids = ()
+            self._processes = []
+        self.pids = tuple(process.pid for process in self._processes)
 
     @property
     def is_inline(self) -> bool:
         """The core runs in this process."""
         return self._inline_core is not None
+
+    def how_it_ended(self) -> str | None:
+        """What ended a core process, as the operating system has it; `None` if all run, or none was started."""
+        for process in self._processes:
+            if (code := process.exitcode) is not None:
+                end = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
+                return f"process {process.pid}: {end}"
+        return None
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of `EngineCore` between two steps.
@@ -59,10 +66,10 @@ class CoreLink:
         """Expect the core to end from now on."""
         self._closing.set()
 
-    def _watch(self, sentinels: list[int]) -> None:
+    def _watch(self) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        multiprocessing.connection.wait(sentinels)
+        multiprocessing.connection.wait([process.sentinel for process in self._processes])
         if self._closing.is_set():
             return
         self._client.resources.engine_dead = True

@@ -10,19 +10,17 @@ A core that is started here ends when its parent does, however that ends. Stock'
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import multiprocessing.context
+import multiprocessing.resource_tracker
 import os
 import signal
-import socket
-import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from longtail.engine.runtime import CpuRuntime
 
@@ -30,6 +28,14 @@ from longtail.engine.runtime import CpuRuntime
 _ORPHAN_GRACE_S = 10.0
 #: For a thread that draws a progress line, say, to wait again.
 _PATIENCE_S = 1.0
+
+
+class _File(NamedTuple):
+    """An open file by its descriptor, device and inode."""
+
+    fd: int
+    device: int
+    inode: int
 
 
 def can_fork_core(runtime: CpuRuntime) -> bool:
@@ -47,13 +53,16 @@ def can_fork_core(runtime: CpuRuntime) -> bool:
 
 
 @contextmanager
-def start_cores_with(context: Any) -> Iterator[None]:
-    """Within the block, vLLM starts its core processes with `context` where it would spawn them. Import vLLM before."""
+def start_cores_with(contexts: Mapping[str, multiprocessing.context.BaseContext]) -> Iterator[None]:
+    """Within the block, vLLM starts a core with what `contexts` has for the start method that it would use.
+
+    Import vLLM before.
+    """
     import vllm.v1.engine.utils as engine_utils
 
     def get_mp_context() -> Any:
         usual = stock()
-        return context if usual.get_start_method() == "spawn" else usual
+        return contexts.get(usual.get_start_method(), usual)
 
     names: Any = vars(engine_utils)
     stock = names["get_mp_context"]
@@ -72,18 +81,47 @@ class EndsWithParent(multiprocessing.process.BaseProcess):
         super().run()
 
 
-class _ForkedProcess(EndsWithParent, multiprocessing.context.ForkProcess):
-    def run(self) -> None:
-        _let_go_of_what_is_the_parents()
-        super().run()
-
-
 class _SpawnedProcess(EndsWithParent, multiprocessing.context.SpawnProcess):
     pass
 
 
+class _StockForkedProcess(EndsWithParent, multiprocessing.context.ForkProcess):
+    pass
+
+
+class _SpawnedCores(multiprocessing.context.SpawnContext):
+    def Process(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return _SpawnedProcess(*args, **kwargs)
+
+
+class _StockForkedCores(multiprocessing.context.ForkContext):
+    def Process(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return _StockForkedProcess(*args, **kwargs)
+
+
+#: vLLM's own ways, for cores that end with their parent.
+STOCK_METHODS: Final[Mapping[str, multiprocessing.context.BaseContext]] = {
+    "fork": _StockForkedCores(),
+    "spawn": _SpawnedCores(),
+}
+
+
+class _ForkedProcess(EndsWithParent, multiprocessing.context.ForkProcess):
+    parents_files: frozenset[_File] = frozenset()
+
+    def run(self) -> None:
+        _let_go_of(self.parents_files)
+        super().run()
+
+
 class ForkedCores(multiprocessing.context.ForkContext):
-    """Forks as soon as every other thread waits; where one keeps working, it spawns, as stock does."""
+    """Forks as soon as every other thread waits; where one keeps working, it spawns, as stock does.
+
+    Make it before vLLM is imported: what is open by then is the user's, and not a core's.
+    """
+
+    def __init__(self) -> None:
+        self._parents_files = frozenset(_open_files())
 
     def Process(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         deadline = time.monotonic() + _PATIENCE_S
@@ -91,7 +129,9 @@ class ForkedCores(multiprocessing.context.ForkContext):
             if time.monotonic() > deadline:
                 return _SpawnedProcess(*args, **kwargs)
             time.sleep(0.01)
-        return _ForkedProcess(*args, **kwargs)
+        process = _ForkedProcess(*args, **kwargs)
+        process.parents_files = self._parents_files
+        return process
 
 
 def _other_threads_wait() -> bool:
@@ -101,8 +141,22 @@ def _other_threads_wait() -> bool:
     return all(frame.f_code is waiting for thread, frame in frames.items() if thread != threading.get_ident())
 
 
-def _let_go_of_what_is_the_parents() -> None:
-    """What a spawned process would not have: locks on files, listening sockets, the parent's ways to hear of signals.
+def _open_files() -> Iterator[_File]:
+    """Open descriptors but for the standard ones, and for that of the one helper that processes share."""
+    tracker = getattr(multiprocessing.resource_tracker._resource_tracker, "_fd", None)
+    for name in os.listdir("/proc/self/fd"):
+        if (fd := int(name)) > 2 and fd != tracker:
+            with suppress(OSError):
+                yield _identify(fd)
+
+
+def _identify(fd: int) -> _File:
+    status = os.fstat(fd)
+    return _File(fd, status.st_dev, status.st_ino)
+
+
+def _let_go_of(files: Iterable[_File]) -> None:
+    """Have nothing that a spawned process would not have: locks, listening sockets, the writing ends of pipes.
 
     A descriptor is made to point nowhere, and not closed: an object that still holds its number must not close, or
     flush what it has buffered into, whatever gets that number next.
@@ -112,19 +166,11 @@ def _let_go_of_what_is_the_parents() -> None:
     # rich, pytest and notebooks replace these by objects that draw or collect.
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for fd in [int(name) for name in os.listdir("/proc/self/fd")]:
+    for file in files:
         with suppress(OSError):
-            if fd > 2 and _is_the_parents_alone(fd):
-                os.dup2(nowhere, fd, inheritable=False)
+            if _identify(file.fd) == file:
+                os.dup2(nowhere, file.fd, inheritable=False)
     os.close(nowhere)
-
-
-def _is_the_parents_alone(fd: int) -> bool:
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISSOCK(mode):
-        with socket.socket(fileno=os.dup(fd)) as copy:
-            return copy.family in (socket.AF_INET, socket.AF_INET6)
-    return stat.S_ISREG(mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _end_with_parent() -> None:

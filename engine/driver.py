@@ -9,12 +9,14 @@ When the core dies, or a step raises, every request in flight and every later ca
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from longtail.engine.config import EngineConfig
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from longtail.engine.core_link import CoreLink
 
 T = TypeVar("T")
+
+_logger = logging.getLogger("longtail.engine.driver")
 
 #: Gets a request's final output, or the exception that ended it. Called in the driver's thread: must not block.
 Sink = Callable[["RequestOutput | Exception"], object]
@@ -42,6 +46,7 @@ class EngineDriver:
         self._running_rounds: set[str] = set()
         self._death: EngineDeadError | None = None
         self._phase = "start"
+        self._posting = threading.Lock()
         self._closed = False
         self.last_progress = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="longtail-engine", daemon=True)
@@ -49,9 +54,12 @@ class EngineDriver:
         self._thread.start()
         try:
             self.engine = self._started.result(config.start_timeout_s)
-        except FutureTimeoutError:
-            self._closed = True
-            raise EngineTimeoutError("the engine to start", config.start_timeout_s) from None
+        except BaseException as error:
+            # Nobody will have a handle to it: should it start after all, it ends at once.
+            self._refuse_commands()
+            if isinstance(error, FutureTimeoutError) and not self._started.done():
+                raise EngineTimeoutError("the engine to start", config.start_timeout_s) from None
+            raise
 
     @property
     def num_in_flight(self) -> int:
@@ -82,37 +90,50 @@ class EngineDriver:
         """Let the id be used again; unknown ids are ignored."""
         self._running_rounds.discard(round_id)
 
-    def rpc(self, op: str, *, timeout_s: float, **args: Any) -> dict[str, Any]:
-        """Scheduler RPC between two steps; see `CoreLink.rpc`.
+    def call_later(self, function: Callable[[CoreLink], T]) -> Future[T]:
+        """Run `function` in the driver's thread, between two steps.
 
         Raises:
-            EngineDeadError: the engine is dead or closed.
-            EngineTimeoutError: no answer within `timeout_s`.
+            EngineDeadError: the engine is dead or closed; the future raises it where it dies meanwhile.
 
         """
-        return self.call(lambda link: link.rpc(op, **args), f"the scheduler's answer to {op}", timeout_s)
-
-    def call(self, function: Callable[[CoreLink], T], what: str, timeout_s: float) -> T:
-        """Run `function` in the driver's thread, between two steps, and wait for its result."""
-        try:
-            return self.call_later(function).result(timeout_s)
-        except FutureTimeoutError:
-            raise EngineTimeoutError(what, timeout_s) from None
-
-    def call_later(self, function: Callable[[CoreLink], T]) -> Future[T]:
-        """`call` without the wait."""
         future: Future[T] = Future()
 
         def run() -> None:
+            # Whoever waited for it may have left: asyncio cancels it then.
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 if self._death is not None:
                     raise self._death
-                future.set_result(function(self.engine.link))
+                result = function(self.engine.link)
             except Exception as error:
                 future.set_exception(self._translate(error))
+            else:
+                future.set_result(result)
 
         self._post(run)
         return future
+
+    def wait(self, future: Future[T], what: str) -> T:
+        """The result of `call_later`, which may take as long as a step.
+
+        Raises:
+            EngineTimeoutError: it took longer than `stall_timeout_s`.
+
+        """
+        limit = self.config.stall_timeout_s
+        try:
+            return future.result(limit)
+        except FutureTimeoutError:
+            if future.done():
+                raise
+            raise EngineTimeoutError(what, limit) from None
+
+    def abandon(self, request_ids: Iterable[str]) -> None:
+        """Abort what is in flight of these; nothing of them reaches a sink any more. In the driver's thread only."""
+        if in_flight := [one for one in request_ids if self._sinks.pop(one, None) is not None]:
+            self.engine.llm_engine.abort_request(in_flight)
 
     def check_stall(self) -> None:
         """Raise if requests are in flight and the engine has made no step for `stall_timeout_s`."""
@@ -124,8 +145,7 @@ class EngineDriver:
         """Stop the engine; requests in flight get an `EngineDeadError`. Safe to call twice."""
         if self._closed:
             return
-        self._closed = True
-        self._commands.put(None)
+        self._refuse_commands()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise EngineTimeoutError("the engine to shut down", timeout_s)
@@ -145,9 +165,22 @@ class EngineDriver:
             while self._run_commands(block=not self._sinks):
                 if self._sinks:
                     self._step()
+            self._end(EngineDeadError("shutdown", "it was closed", len(self._sinks)))
+        except BaseException as error:
+            _logger.exception("longtail's driver failed; this is a bug")
+            self._end(self._died(error))
         finally:
-            self._fail_all(EngineDeadError("shutdown", "it was closed", len(self._sinks)))
             engine.shutdown()
+
+    def _end(self, death: EngineDeadError) -> None:
+        """Answer everything that waits, and everything that may still be posted, with `death`."""
+        with self._posting:
+            self._death = death
+        self._fail_all(death)
+        with suppress(queue.Empty):
+            while True:
+                if (command := self._commands.get_nowait()) is not None:
+                    command()
 
     def _run_commands(self, block: bool) -> bool:
         """Run what is queued; with `block` wait for the first. False once the driver is to end."""
@@ -165,12 +198,12 @@ class EngineDriver:
     def _add(self, requests: Sequence[tuple[str, list[int], Any]], sink: Sink) -> None:
         for request_id, token_ids, params in requests:
             if self._death is not None:
-                sink(self._death)
+                _deliver(sink, self._death)
                 continue
             try:
                 self.engine.llm_engine.add_request(request_id, {"prompt_token_ids": token_ids}, params)
             except Exception as error:
-                sink(self._translate(error))
+                _deliver(sink, self._translate(error))
             else:
                 self._sinks[request_id] = sink
 
@@ -184,27 +217,46 @@ class EngineDriver:
         self.last_progress = time.monotonic()
         for output in cast("list[RequestOutput]", outputs):
             if output.finished and (sink := self._sinks.pop(output.request_id, None)) is not None:
-                sink(output)
+                _deliver(sink, output)
 
     def _translate(self, error: Exception) -> Exception:
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
         return self._died(error) if isinstance(error, VllmEngineDeadError) else error
 
-    def _died(self, error: Exception) -> EngineDeadError:
+    def _died(self, error: BaseException) -> EngineDeadError:
         if self._death is None:
-            self._death = EngineDeadError(self._phase, f"{type(error).__name__}: {error}", len(self._sinks))
+            cause = self.engine.link.how_it_ended() or f"{type(error).__name__}: {error}"
+            self._death = EngineDeadError(self._phase, cause, len(self._sinks))
             self._death.__cause__ = error
         return self._death
 
     def _fail_all(self, error: Exception) -> None:
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
-            sink(error)
+            _deliver(sink, error)
+
+    # ---- in any thread -----------------------------------------------------------------------------------------
 
     def _post(self, command: Callable[[], None]) -> None:
-        if self._death is not None:
-            raise self._death
-        if self._closed:
-            raise EngineDeadError("shutdown", "it was closed")
-        self._commands.put(command)
+        # A command that is in the queue is run: none may come after the one that ends the driver.
+        with self._posting:
+            if self._death is not None:
+                raise self._death
+            if self._closed:
+                raise EngineDeadError("shutdown", "it was closed")
+            self._commands.put(command)
+
+    def _refuse_commands(self) -> None:
+        """End the driver once it has run what was posted."""
+        with self._posting:
+            self._closed = True
+            self._commands.put(None)
+
+
+def _deliver(sink: Sink, item: RequestOutput | Exception) -> None:
+    """A sink that raises, as one of an event loop that is closed by now does, must not end every other request."""
+    try:
+        sink(item)
+    except Exception:
+        _logger.warning("an output finds nobody to take it", exc_info=True)

@@ -116,7 +116,7 @@ class EarlyCore:
 
     def lend(self) -> AbstractContextManager[None]:
         """Within the block, vLLM's next core process is this one. Import vLLM before."""
-        return start_cores_with(_LendingContext(self))
+        return start_cores_with({"spawn": _LendingContext(self)})
 
     def close(self) -> None:
         """End it, unless it was lent; then it is vLLM's."""

@@ -10,23 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from longtail.engine.config import EngineConfig, SamplingConfig
 from longtail.engine.driver import EngineDriver
 from longtail.engine.prompts import Tokenizer
-from longtail.engine.round_run import RPC_TIMEOUT_S, RoundProgress, RoundRun, as_progress
+from longtail.engine.round_run import RoundProgress, RoundRun, as_progress
 from longtail.engine.trajectory import Round, Trajectory
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
+    from longtail.engine.core_link import CoreLink
+
     Item = RequestOutput | Exception
 
-_POLL_S = 0.5
+_POLL_S = 0.25
+_PROGRESS_S = 0.5
 
 
 class RolloutEngine:
@@ -113,7 +118,7 @@ class RolloutEngine:
             over_provision: use the first `ceil(over_provision * target_groups)` prompts only.
             sampling: how every member is sampled.
             round_id: unique among the engine's running rounds; random by default.
-            on_progress: called about twice a second with the scheduler's numbers.
+            on_progress: called about twice a second with the scheduler's numbers, as far as its steps allow.
 
         Raises:
             InvalidInputError: an argument is wrong; nothing was submitted.
@@ -133,7 +138,7 @@ class RolloutEngine:
 
     def counters(self) -> dict[str, Any]:
         """The scheduler's counters since start: rounds, cuts, cut members, kept tokens, free blocks, queues."""
-        return self._driver.rpc("counters", timeout_s=RPC_TIMEOUT_S)
+        return self._driver.wait(self._driver.call_later(_counters), "the scheduler's counters")
 
     def close(self) -> None:
         """Stop the engine. Safe to call twice."""
@@ -153,6 +158,7 @@ class RoundStream:
         self._run = run
         self._on_progress = on_progress
         self._next_progress = time.monotonic()
+        self._asked: Future[dict[str, Any]] | None = None
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._round: Round | None = None
         run.submit(self._items.put)
@@ -175,7 +181,7 @@ class RoundStream:
             if self._run.num_pending:
                 return self._run.take(self._wait())
             if self._round is None:
-                self._round = self._run.finish().result(RPC_TIMEOUT_S)
+                self._round = self._driver.wait(self._run.finish(), "the round's numbers")
         except BaseException:
             self.close()
             raise
@@ -197,10 +203,15 @@ class RoundStream:
                 self._driver.check_stall()
 
     def _report_progress(self) -> None:
-        if self._on_progress is None or time.monotonic() < self._next_progress:
+        if self._on_progress is None:
             return
-        self._on_progress(as_progress(self._run.progress().result(RPC_TIMEOUT_S)))
-        self._next_progress = time.monotonic() + _POLL_S
+        if self._asked is None:
+            if time.monotonic() >= self._next_progress:
+                self._next_progress = time.monotonic() + _PROGRESS_S
+                self._asked = self._run.progress()
+        elif self._asked.done():
+            asked, self._asked = self._asked, None
+            self._on_progress(as_progress(asked.result()))
 
 
 class AsyncRolloutEngine:
@@ -214,7 +225,19 @@ class AsyncRolloutEngine:
         self._driver: EngineDriver | None = None
 
     async def __aenter__(self) -> Self:
-        self._driver = await asyncio.to_thread(EngineDriver, self.config)
+        is_left = threading.Event()
+
+        def start() -> None:
+            self._driver = EngineDriver(self.config)
+            if is_left.is_set():
+                self._driver.close()
+
+        try:
+            await asyncio.to_thread(start)
+        except BaseException:
+            is_left.set()
+            await self.close()
+            raise
         return self
 
     async def __aexit__(
@@ -270,7 +293,7 @@ class AsyncRolloutEngine:
 
     async def counters(self) -> dict[str, Any]:
         """See `RolloutEngine.counters`."""
-        return await asyncio.wrap_future(self._started_driver().call_later(lambda link: link.rpc("counters")))
+        return await asyncio.wrap_future(self._started_driver().call_later(_counters))
 
     async def close(self) -> None:
         """Stop the engine. Safe to call twice."""
@@ -307,7 +330,8 @@ class AsyncRoundStream:
             if self._run.num_pending:
                 return self._run.take(await self._wait())
             if self._round is None:
-                self._round = await asyncio.wait_for(asyncio.wrap_future(self._run.finish()), RPC_TIMEOUT_S)
+                limit = self._driver.config.stall_timeout_s
+                self._round = await asyncio.wait_for(asyncio.wrap_future(self._run.finish()), limit)
         except BaseException:
             self.close()
             raise
@@ -326,6 +350,10 @@ class AsyncRoundStream:
                 return await asyncio.wait_for(self._items.get(), _POLL_S)
             except TimeoutError:
                 self._driver.check_stall()
+
+
+def _counters(link: CoreLink) -> dict[str, Any]:
+    return link.rpc("counters")
 
 
 def _finished(round_: Round | None) -> Round:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from longtail.engine.core_link import CoreLink
 
-RPC_TIMEOUT_S = 60.0
-
 
 class RoundProgress(msgspec.Struct, frozen=True, kw_only=True):
     """A running round in numbers, as the scheduler sees it now.
@@ -30,6 +28,8 @@ class RoundProgress(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         num_output_tokens: output tokens of the members that have not finished yet.
         num_steps: engine steps so far; see `RoundStats` for `idle_slot_steps`.
+        num_running: requests that run in the engine, of this round or not.
+        num_waiting: requests that wait to run.
 
     """
 
@@ -40,6 +40,8 @@ class RoundProgress(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
     idle_slot_steps: int
     peak_running: int
+    num_running: int
+    num_waiting: int
 
 
 class RoundRun:
@@ -113,14 +115,17 @@ class RoundRun:
         """Stop and forget the round unless it ended; final outputs still to come go nowhere."""
         if self._ended:
             return
-        self._end()
 
         def stop(link: CoreLink) -> None:
             link.rpc("close_round", round=self.plan.round_id)
+            # Its outputs have the ids of the next round that is called the same.
+            self._driver.abandon(member.request_id for member in self.plan.members())
             link.rpc("forget_round", round=self.plan.round_id)
 
         with contextlib.suppress(EngineDeadError):
             self._driver.call_later(stop)
+        # Only now: what the next round of this id submits comes after.
+        self._end()
 
     def _end(self) -> None:
         self._ended = True

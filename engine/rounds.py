@@ -92,10 +92,12 @@ def plan_round(
     round_id: str | None,
     tokenizer: Tokenizer | None,
     limits: PromptLimits,
+    max_members: int | None = None,
 ) -> RoundPlan:
     """Check the arguments of a round and tokenise its prompts.
 
-    With `over_provision` r only the first `ceil(r * target_groups)` prompts are used, as many as there are.
+    With `over_provision` r only the first `ceil(r * target_groups)` prompts are used, as many as there are. A round
+    of more than `max_members` is refused before there is any work.
 
     Raises:
         InvalidInputError: names the argument.
@@ -117,7 +119,10 @@ def plan_round(
         if target_groups is None:
             raise InvalidInputError("over_provision", "target_groups with it", over_provision)
         if isinstance(prompts, Sequence):
-            prompts = prompts[: math.ceil(over_provision * target_groups)]
+            prompts = prompts[: math.ceil(min(over_provision * target_groups, len(prompts)))]
+    if max_members is not None and isinstance(prompts, Sequence) and len(prompts) * group_size > max_members:
+        what = f"at most {max_members} members in a round, {len(prompts)} prompts x group_size"
+        raise InvalidInputError("group_size", what, group_size)
     checked = tokenize_prompts(prompts, group_size, tokenizer, limits)
     if sampling.seed is not None and sampling.seed + len(checked) * group_size > MAX_SEED:
         raise InvalidInputError("sampling.seed", f"room for {len(checked) * group_size} seeds", sampling.seed)

@@ -7,7 +7,7 @@ also starts a Python of its own to look at a model class for the first time, whi
 parent; on a CPU it is done here, and takes a second instead of a start of vLLM.
 
 Nothing of torch or vLLM may be imported before the block for its full effect; imported they may be, and then it only
-takes longer. On a GPU the block does nothing.
+takes longer. On a GPU the block only sees to it that a core ends with its parent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from longtail.engine.config import EngineConfig
-from longtail.engine.core_process import ForkedCores, can_fork_core, start_cores_with
+from longtail.engine.core_process import STOCK_METHODS, ForkedCores, can_fork_core, start_cores_with
 from longtail.engine.early_core import EarlyCore
 from longtail.engine.inline_runtime import activate_inline, load_intel
 from longtail.engine.light_imports import light_imports
@@ -36,7 +36,8 @@ def fast_start(config: EngineConfig, model_dir: Path) -> Iterator[CpuRuntime]:
     """
     runtime = pick_runtime(config.runtime, model_dir=model_dir)
     if not runtime.applies:
-        yield runtime
+        with start_cores_with(STOCK_METHODS):
+            yield runtime
         return
     with ExitStack() as stack:
         eager = config.enforce_eager is not False
@@ -44,8 +45,9 @@ def fast_start(config: EngineConfig, model_dir: Path) -> Iterator[CpuRuntime]:
             runtime = stack.enter_context(activate_inline(runtime))
             _import_core(stack, eager=eager)
         elif can_fork_core(runtime) and load_intel(runtime) is None:
+            cores = ForkedCores()
             _import_core(stack, eager=eager)
-            stack.enter_context(start_cores_with(ForkedCores()))
+            stack.enter_context(start_cores_with({"spawn": cores}))
             stack.enter_context(spawn_environment(runtime))
         else:
             core = stack.enter_context(EarlyCore.launch(runtime.environment(), eager=eager))

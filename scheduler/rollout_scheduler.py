@@ -112,6 +112,8 @@ class RolloutMixin(_Base):
         now = time.monotonic()
         try:
             metadata = metadata_of(params.extra_args if params is not None else None)
+            if metadata is not None and request.resumable:
+                raise InvalidInputError(EXTRA_ARGS_KEY, "a request whose prompt is there at once", "streaming input")
             admission = None if metadata is None else self._book.admit(request.request_id, metadata, now)
         except InvalidInputError as error:
             self._answer(request, FinishReason.ERROR, str(error))
@@ -247,9 +249,11 @@ class RolloutMixin(_Base):
     ) -> None:
         """Give a request that is not, or no longer, in the queues its final output in the next step."""
         now = time.monotonic()
+        if member is None:
+            request.record_event(EngineCoreEventType.QUEUED, now)
+            member = _Member(request, opened_ts=now, arrived_ts=now)
         output = _empty_output(request, now)
         output.finish_reason, output.stop_reason = finish_reason, stop_reason
-        member = member or _Member(request, opened_ts=now, arrived_ts=now)
         _attach_report(output, member.report(now))
         self._answers.append((request.client_index, output))
 
@@ -259,7 +263,8 @@ class RolloutMixin(_Base):
         """Answer one operation with plain msgpack types.
 
         `round`, `close_round` (stops its live members now) and `forget_round` take `{"round": id}` and answer the
-        fields of `RoundCounts`, the first also `num_output_tokens` of its live members. `counters` takes nothing.
+        fields of `RoundCounts`, the first two also `num_output_tokens` of its live members, and how many requests of
+        the engine run and wait. `counters` takes nothing.
         What the caller did wrong comes back as `{"invalid": [field, expected, got]}`: an exception would reach
         the caller without its type.
         """
@@ -275,13 +280,18 @@ class RolloutMixin(_Base):
                 return asdict(self._book.forget(round_id))
             if op == "close_round":
                 self._close_round(round_id)
-            counts = asdict(self._book.counts(round_id))
+            return asdict(self._book.counts(round_id)) | self._now(round_id)
         except InvalidInputError as error:
             return {"invalid": [error.field, error.expected, error.got]}
-        counts["num_output_tokens"] = sum(
-            self._members[request_id].request.num_output_tokens for request_id in self._book.live_members(round_id)
-        )
-        return counts
+
+    def _now(self, round_id: str) -> dict[str, int]:
+        num_running, num_waiting = self.get_request_counts()
+        live = (self._members[request_id].request for request_id in self._book.live_members(round_id))
+        return {
+            "num_output_tokens": sum(request.num_output_tokens for request in live),
+            "num_running": num_running,
+            "num_waiting": num_waiting,
+        }
 
     def _close_round(self, round_id: str) -> None:
         for request_id in self._book.close(round_id):

@@ -144,9 +144,8 @@ def _collect(request: RolloutRequest, writer: TrajectoryWriter, verbose: bool) -
         done: list[Trajectory] = []
 
         def on_progress(now: SchedulerProgress) -> None:
-            counters = engine.counters()
             tokens = sum(len(trajectory.output_token_ids) for trajectory in done) + now.num_output_tokens
-            progress.on_tokens(tokens, counters["running"], counters["waiting"])
+            progress.on_tokens(tokens, now.num_running, now.num_waiting)
 
         progress.start(len(request.prompts), settings.group_size, request.target_groups)
         stream = engine.stream(

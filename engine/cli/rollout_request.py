@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,7 @@ def _num_prompts(options: RoundOptions) -> int | None:
             raise InvalidInputError("num_prompts", "an integer >= 1", options.num_prompts)
         return options.num_prompts
     if options.target_groups is not None and math.isfinite(factor := options.over_provision or 1.0):
-        return max(1, math.ceil(factor * options.target_groups))
+        return max(1, math.ceil(min(factor * options.target_groups, sys.maxsize)))
     return None
 
 

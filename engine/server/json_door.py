@@ -146,7 +146,7 @@ def _refuse_nan(body: bytes) -> None:
     """If the only thing wrong is a `NaN` or `Infinity`, which Python and JavaScript write, name its field."""
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # Python's reader also takes UTF-16, whose depth nobody has checked
         return
     for path, number in _leaves(value, ""):
         if isinstance(number, float) and not math.isfinite(number):

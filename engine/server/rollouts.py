@@ -103,7 +103,7 @@ class RolloutService:
 
     def _plan(self, body: Any) -> RoundPlan:
         request: RolloutBody = parse_body(body)
-        plan = plan_round(
+        return plan_round(
             request.checked_prompts(),
             group_size=request.group_size,
             target_groups=request.target_groups,
@@ -112,12 +112,8 @@ class RolloutService:
             round_id=request.round_id,
             tokenizer=self._tokenizer,
             limits=self._limits,
+            max_members=self._max_members,
         )
-        num_members = len(plan.prompts) * plan.group_size
-        if num_members > self._max_members:
-            what = f"at most {self._max_members} members in a round, {len(plan.prompts)} prompts x group_size"
-            raise InvalidInputError("group_size", what, plan.group_size)
-        return plan
 
     async def _check_free(self, round_id: str) -> None:
         """Refuse an id that the scheduler knows: members of it came through another route."""

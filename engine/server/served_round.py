@@ -94,11 +94,13 @@ class ServedRound:
         try:
             if self._submission is not None:
                 self._submission.cancel()
-            if self._members and await self._ask("close_round"):
-                await asyncio.wait(self._members, timeout=_END_TIMEOUT_S)
-            for task in self._members:
+            # A copy: members end, and leave the set, while the scheduler is asked.
+            members = set(self._members)
+            if members and await self._ask("close_round"):
+                await asyncio.wait(members, timeout=_END_TIMEOUT_S)
+            for task in members:
                 task.cancel()
-            await asyncio.gather(*self._members, return_exceptions=True)
+            await asyncio.gather(*members, return_exceptions=True)
             # Refused while members that came by another route still run in it: then the scheduler's bound applies.
             await self._ask("forget_round")
         finally:

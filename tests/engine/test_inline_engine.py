@@ -57,6 +57,15 @@ def test_asyncio_over_an_inline_core(tiny_config: EngineConfig, reference: Round
             assert stream.round.stats.num_complete_groups == 2
             with pytest.raises(InvalidInputError):
                 await engine.rollout([[99999]])
+            running = asyncio.create_task(engine.rollout(**cut_round_arguments()))
+            left = 0
+            while not running.done():
+                try:
+                    await asyncio.wait_for(engine.counters(), 0.001)
+                except TimeoutError:
+                    left += 1
+            check_cut(await running, reference)
+            assert left, "the test must leave before an answer"
             async for _ in engine.stream([Prompt(token_ids=[5], max_tokens=n) for n in (3, 900)], sampling=GREEDY):
                 break
             async with asyncio.timeout(20):

@@ -201,6 +201,17 @@ def test_round_id_of_a_cancelled_round_is_free_again(engine: RolloutEngine) -> N
     assert engine.rollout(*fixed_lengths([[4]])[:1], sampling=sampling, round_id="cancelled").stats.num_cut_groups == 0
 
 
+def test_a_round_gets_nothing_of_a_cancelled_one_that_was_called_the_same(engine: RolloutEngine) -> None:
+    prompts, sampling = fixed_lengths([[3], [300], [300]])
+    expected = [trajectory.output_token_ids for trajectory in engine.rollout(prompts, sampling=sampling).trajectories]
+    stream = engine.stream(prompts, sampling=sampling, round_id="again")
+    next(stream)
+    stream.close()
+    again = engine.rollout(prompts, sampling=sampling, round_id="again")
+    assert [trajectory.output_token_ids for trajectory in again.trajectories] == expected
+    assert again.stats.num_complete_groups == 3
+
+
 def test_killed_core_is_a_typed_error_within_seconds(tiny_config: EngineConfig) -> None:
     prompts, sampling = fixed_lengths([[5], [900], [900]])
     with RolloutEngine(tiny_config) as victim:
@@ -213,6 +224,7 @@ def test_killed_core_is_a_typed_error_within_seconds(tiny_config: EngineConfig) 
             list(stream)
         assert time.monotonic() - start < 10
         assert caught.value.num_in_flight == 2
+        assert "signal 9, Killed" in str(caught.value)
         with pytest.raises(EngineDeadError):
             victim.rollout(prompts, sampling=sampling)
         with pytest.raises(EngineDeadError):

@@ -115,7 +115,18 @@ def test_late_member_is_answered_without_being_scheduled(harness: SchedulerHarne
     assert harness.scheduler.has_requests(), "the engine must step to deliver the answer"
     steps = harness.run()
     assert sum(scheduled.total_num_scheduled_tokens for scheduled, _ in steps) == 0
-    assert finals(steps)["late"][1].stop_reason == CUT_STOP_REASON
+    answer = finals(steps)["late"][1]
+    assert answer.stop_reason == CUT_STOP_REASON
+    # vLLM's histograms would be fed the machine's uptime without these.
+    assert [event.type.name for event in answer.events or []] == ["QUEUED", "SCHEDULED"]
+
+
+def test_streaming_input_with_metadata_is_refused(harness: SchedulerHarness) -> None:
+    for _ in range(2):
+        harness.add("streamed", PROMPT, 3, member(0, target=1), resumable=True)
+    answers = [output for _, outputs in harness.run() for output in outputs]
+    assert [answer.finish_reason for answer in answers] == [FinishReason.ERROR] * 2
+    assert all(str(answer.stop_reason).startswith("rollout") for answer in answers)
 
 
 @pytest.mark.parametrize(

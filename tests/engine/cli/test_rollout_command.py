@@ -57,9 +57,6 @@ class FakeEngine:
     def __exit__(self, *_: object) -> None:
         self.closed = True
 
-    def counters(self) -> dict[str, int]:
-        return {"running": 3, "waiting": 1}
-
     def stream(
         self,
         prompts: Sequence[Any],
@@ -106,6 +103,7 @@ class FakeStream:
                 RoundProgress(
                     num_complete_groups=0, num_live_members=len(lengths) - len(done), num_cut_members=0,
                     num_output_tokens=10, num_steps=length, idle_slot_steps=0, peak_running=4,
+                    num_running=4, num_waiting=1,
                 )
             )  # fmt: skip
             yield done[-1]

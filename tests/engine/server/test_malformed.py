@@ -154,6 +154,8 @@ def rollout_cases() -> Iterator[Case]:
         ("over_provision", right | {"over_provision": NAN, "target_groups": 1}),
         ("over_provision", right | {"over_provision": 0.5, "target_groups": 1}),
         ("over_provision", right | {"over_provision": 2}),
+        ("group_size", {"group_size": 65_536, "prompts": [{"token_ids": [1], "max_tokens": 1}] * 500}),
+        ("target_groups", right | {"over_provision": 1.7e308, "target_groups": 2}),
         ("round_id", right | {"round_id": ""}),
         ("round_id", right | {"round_id": "x" * 201}),
         ("round_id", right | {"round_id": 5}),
@@ -213,6 +215,7 @@ def transport_cases(model: str) -> Iterator[Case]:
         yield Case("body", "POST", path, b"\xff\xfe{\x00}\x00")
         yield Case("body", "POST", path, start + b',"x":' + b"[" * 50_000)
         yield Case("body", "POST", path, start + b',"x":' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}")
+        yield Case("body", "POST", path, ('["\u0122",' + "[" * 2000 + '"').encode("utf-16-le"))
         yield Case("body", "POST", path, start + b',"seed":' + b"9" * 5000 + b"}")
         yield Case("body", "POST", path, b"[]" if path == ROLLOUTS else b"5")
         yield Case("body", "POST", path, b"")
