@@ -44,10 +44,13 @@ def fast_start(config: EngineConfig, model_dir: Path) -> Iterator[CpuRuntime]:
         if config.core == "inline":
             runtime = stack.enter_context(activate_inline(runtime))
             _import_core(stack, eager=eager)
+            # The core, if there is one in the end, thaws the heap when it shuts down.
+            stack.push(lambda kind, *_: None if kind is None else gc.unfreeze())
         elif can_fork_core(runtime) and load_intel(runtime) is None:
             cores = ForkedCores()
             _import_core(stack, eager=eager)
             stack.enter_context(start_cores_with({"spawn": cores}))
+            stack.callback(gc.unfreeze)
             stack.enter_context(spawn_environment(runtime))
         else:
             core = stack.enter_context(EarlyCore.launch(runtime.environment(), eager=eager))
