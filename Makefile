@@ -61,7 +61,7 @@ format: setup ## ruff: mend what can be mended
 
 bench: setup ## run every benchmark (BENCH_ARGS=--quick for short runs) into benchmarks/results
 	@mkdir -p benchmarks/results
-	for script in $$(grep -l parse_flags\( benchmarks/*.py); do
+	for script in $$(grep -l bench_io.parse_flags benchmarks/*.py); do
 	    echo "== $$script"
 	    $(BIN)/python "$$script" --json "benchmarks/results/$$(basename "$$script" .py).json" $(BENCH_ARGS)
 	done
