@@ -14,7 +14,6 @@ smallest over these arms of the median over rounds of the ratio inside a round),
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -31,7 +30,6 @@ from longtail.engine.models import resolve_model
 BATCH, PROMPT_TOKENS = 32, 16
 _WARM_UP_TOKENS = 4
 DEFAULT, AGAIN, STOCK = "defaults", "defaults again", "stock"
-_CLEARED = ("OMP_", "KMP_", "GOMP_", "LD_PRELOAD", "VLLM_CPU_OMP")
 
 
 def main() -> None:
@@ -48,12 +46,12 @@ def main() -> None:
         order = list(arms)
         with ExitStack() as stack:
             rng.shuffle(order)
-            workers = {arm: stack.enter_context(_Worker(model_dir, arm, arms[arm])) for arm in order}
-            picked = workers[DEFAULT].picked
+            workers = {arm: stack.enter_context(_start(model_dir, arm, arms[arm])) for arm in order}
+            picked = workers[DEFAULT].ready["picked"]
             for _ in range(num_rounds):
                 rng.shuffle(order)
                 for arm in order:
-                    speeds[arm].append(workers[arm].measure(num_tokens))
+                    speeds[arm].append(workers[arm].ask(num_tokens)["tokens_per_s"])
     print(picked)
     print(f"\n{'arm':<24} {'tokens/s':>9} {'defaults/arm':>13} {'p10':>7} {'p90':>7}")
     ratios = {}
@@ -95,43 +93,15 @@ def _arms(*, quick: bool) -> dict[str, dict[str, Any]]:
     return arms
 
 
-class _Worker:
-    """A process that holds one engine and generates when it is told to."""
-
-    def __init__(self, model_dir: str, arm: str, runtime: dict[str, Any]) -> None:
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(_CLEARED)}
-        environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-        if arm == STOCK:
-            environ |= {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "worker", arm, model_dir, json.dumps(runtime)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ,
-        )  # fmt: skip
-        self.picked: str = self._answer()["picked"]
-        self.measure(_WARM_UP_TOKENS)
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(120)
-
-    def measure(self, num_tokens: int) -> float:
-        """Output tokens a second of one batch."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{num_tokens}\n")
-        self._process.stdin.flush()
-        return float(self._answer()["tokens_per_s"])
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                answer: dict[str, Any] = json.loads(line)
-                return answer
-        raise RuntimeError(f"an arm ended with {self._process.wait(60)}")
+def _start(model_dir: str, arm: str, runtime: dict[str, Any]) -> bench_io.Worker:
+    """A process that holds one engine and has generated once."""
+    environ = bench_io.unset_environ()
+    if arm == STOCK:
+        environ |= {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+    command = [sys.executable, __file__, "worker", arm, model_dir, json.dumps(runtime)]
+    worker = bench_io.Worker(command, environ, stderr=subprocess.DEVNULL)
+    worker.ask(_WARM_UP_TOKENS)
+    return worker
 
 
 def _serve_longtail(model_dir: str, runtime: RuntimeConfig) -> None:

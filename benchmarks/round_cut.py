@@ -20,12 +20,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +64,14 @@ def main() -> None:
     model_dir = resolve_model("smollm2")
     config = EngineConfig(model=str(model_dir), max_num_seqs=64, max_model_len=1024, block_size=32, kv_cache_gib=1.0)
     figures: dict[str, Any] = {"num_rounds": num_rounds, "target_groups": TARGET_GROUPS, "group_size": GROUP_SIZE}
-    with RolloutEngine(config) as engine, _stock_worker(model_dir, config) as ask_stock:
+    with RolloutEngine(config) as engine, _stock_worker(model_dir, config) as stock:
+        assert stock.ready["ready"]
         warm = [[8] * GROUP_SIZE] * TARGET_GROUPS
         _ours(engine, _prompts(0, len(warm)), warm, None)
-        ask_stock({"prompts": _prompts(0, len(warm)), "lengths": warm, "target": None})
+        stock.ask({"prompts": _prompts(0, len(warm)), "lengths": warm, "target": None})
         print(f"{'region':<24} {'stock s':>8} {'client cut s':>13} {'longtail s':>11} {'ratio':>7} {'range':>15}")
         for region in regions:
-            figures |= _measure(region, num_rounds, engine, ask_stock)
+            figures |= _measure(region, num_rounds, engine, stock.ask)
     bench_io.report("round_cut", figures, flags.json)
 
 
@@ -108,8 +107,7 @@ def _measure(region: Region, num_rounds: int, engine: RolloutEngine, ask_stock: 
 
 
 def _ratios(key: str, ours: list[float], baseline: list[float]) -> dict[str, Any]:
-    ratios = [a / b for a, b in zip(ours, baseline, strict=True)]
-    return {key: round(bench_io.median(ratios), 3), f"{key}_range": [round(min(ratios), 3), round(max(ratios), 3)]}
+    return bench_io.ratio_figures(key, [a / b for a, b in zip(ours, baseline, strict=True)])
 
 
 def _ours(engine: RolloutEngine, prompts: list[list[int]], lengths: list[list[int]], target: int | None) -> float:
@@ -140,8 +138,7 @@ def _lengths(seed: int, sigma: float, num_groups: int) -> list[list[int]]:
     return [[draw() for _ in range(GROUP_SIZE)] for _ in range(num_groups)]
 
 
-@contextmanager
-def _stock_worker(model_dir: Path, config: EngineConfig) -> Iterator[Any]:
+def _stock_worker(model_dir: Path, config: EngineConfig) -> bench_io.Worker:
     """A stock engine with longtail's run-time settings in its environment, which is the best known for it too."""
     args = {
         "dtype": "float32", "enforce_eager": True, "max_num_seqs": config.max_num_seqs, "block_size": config.block_size,
@@ -149,35 +146,9 @@ def _stock_worker(model_dir: Path, config: EngineConfig) -> Iterator[Any]:
         "logprobs_mode": "processed_logprobs", "skip_tokenizer_init": True,
     }  # fmt: skip
     script = Path(__file__).with_name("stock_rounds.py")
-    import os
-
     extra = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
-    with spawn_environment(pick_runtime(config.runtime, model_dir=model_dir, environ=os.environ)):
-        worker = subprocess.Popen(
-            [sys.executable, str(script), str(model_dir), json.dumps(args)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | extra,
-        )  # fmt: skip
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    stdin, stdout = worker.stdin, worker.stdout
-
-    def answer() -> Any:
-        for line in stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError("the stock engine ended; its messages are above")
-
-    def ask(job: dict[str, Any]) -> Any:
-        stdin.write(json.dumps(job) + "\n")
-        stdin.flush()
-        return answer()
-
-    try:
-        assert answer()["ready"]
-        yield ask
-    finally:
-        stdin.close()
-        worker.wait(60)
+    with spawn_environment(pick_runtime(config.runtime, model_dir=model_dir)):
+        return bench_io.Worker([sys.executable, str(script), str(model_dir), json.dumps(args)], os.environ | extra)
 
 
 if __name__ == "__main__":

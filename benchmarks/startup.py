@@ -83,8 +83,12 @@ def main() -> None:
     figures: dict[str, Any] = {"num_rounds": num_rounds}
     for arm, suffix in (("process", ""), ("inline", "_inline")):
         pairs = list(zip(starts[arm], starts["stock"], strict=not flags.quick))
-        figures |= _ratios(f"startup_ratio{suffix}", [ours.seconds / stock.seconds for ours, stock in pairs])
-        figures |= _ratios(f"cpu_ratio{suffix}", [ours.cpu_seconds / stock.cpu_seconds for ours, stock in pairs])
+        figures |= bench_io.ratio_figures(
+            f"startup_ratio{suffix}", [ours.seconds / stock.seconds for ours, stock in pairs]
+        )
+        figures |= bench_io.ratio_figures(
+            f"cpu_ratio{suffix}", [ours.cpu_seconds / stock.cpu_seconds for ours, stock in pairs]
+        )
     for arm in arms:
         figures[f"{arm}_s"] = round(bench_io.median([start.seconds for start in starts[arm]]), 2)
     bench_io.report("startup", figures, flags.json)
@@ -92,8 +96,7 @@ def main() -> None:
 
 def _start(arm: str, model_dir: Path, kv_bytes: int) -> Start:
     """One start of one arm, from before its interpreter to after its end."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "KMP_", "LD_PRELOAD"))}
-    environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environ = bench_io.unset_environ()
     if arm == "stock":
         command = [_STOCK, str(model_dir), str(kv_bytes)]
         # Without longtail's plugin, and in-process as `LLM` users who want a fast start run it.
@@ -110,10 +113,6 @@ def _start(arm: str, model_dir: Path, kv_bytes: int) -> Start:
         raise RuntimeError(f"the {arm} arm failed:\n{done.stdout}\n{done.stderr}")
     cpu_seconds = after.children_user + after.children_system - before.children_user - before.children_system
     return Start(float(first[1]) - begin, cpu_seconds)
-
-
-def _ratios(key: str, ratios: list[float]) -> dict[str, Any]:
-    return {key: round(bench_io.median(ratios), 3), f"{key}_range": [round(min(ratios), 3), round(max(ratios), 3)]}
 
 
 if __name__ == "__main__":

@@ -90,13 +90,11 @@ class _StockForkedProcess(EndsWithParent, multiprocessing.context.ForkProcess):
 
 
 class _SpawnedCores(multiprocessing.context.SpawnContext):
-    def Process(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        return _SpawnedProcess(*args, **kwargs)
+    Process = _SpawnedProcess
 
 
 class _StockForkedCores(multiprocessing.context.ForkContext):
-    def Process(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        return _StockForkedProcess(*args, **kwargs)
+    Process = _StockForkedProcess
 
 
 #: vLLM's own ways, for cores that end with their parent.
@@ -106,7 +104,7 @@ STOCK_METHODS: Final[Mapping[str, multiprocessing.context.BaseContext]] = {
 }
 
 
-class _ForkedProcess(EndsWithParent, multiprocessing.context.ForkProcess):
+class _ForkedProcess(_StockForkedProcess):
     parents_files: frozenset[_File] = frozenset()
 
     def run(self) -> None:

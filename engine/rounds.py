@@ -82,6 +82,11 @@ class RoundPlan:
                 )
 
 
+def num_groups_for(target_groups: int, over_provision: float, available: int) -> int:
+    """Groups that a round submits: `over_provision` times its target, as many as there are."""
+    return math.ceil(min(over_provision * target_groups, available))
+
+
 def plan_round(
     prompts: Sequence[Any],
     *,
@@ -119,7 +124,7 @@ def plan_round(
         if target_groups is None:
             raise InvalidInputError("over_provision", "target_groups with it", over_provision)
         if isinstance(prompts, Sequence):
-            prompts = prompts[: math.ceil(min(over_provision * target_groups, len(prompts)))]
+            prompts = prompts[: num_groups_for(target_groups, over_provision, len(prompts))]
     if max_members is not None and isinstance(prompts, Sequence) and len(prompts) * group_size > max_members:
         what = f"at most {max_members} members in a round, {len(prompts)} prompts x group_size"
         raise InvalidInputError("group_size", what, group_size)

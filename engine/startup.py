@@ -66,7 +66,7 @@ def fast_start(config: EngineConfig, model_dir: Path) -> Iterator[CpuRuntime]:
 
 def _import_core(stack: ExitStack, *, eager: bool) -> None:
     """Import what the front end and the core need."""
-    # What is frozen below is never freed, so it must not include the garbage that a trainer had before.
+    # What is frozen below is not freed before it is thawed, so it must not include garbage that a trainer had before.
     gc.collect()
     stack.enter_context(light_imports(eager=eager))
     import vllm.model_executor.model_loader.default_loader

@@ -23,7 +23,7 @@ from longtail.engine.errors import InvalidInputError
 from longtail.engine.models import SMOLLM2, resolve_model
 from longtail.engine.prompt_file import prompts_sha256, read_prompts
 from longtail.engine.prompts import Prompt, PromptLimits, tokenize_prompts
-from longtail.engine.rounds import plan_round
+from longtail.engine.rounds import num_groups_for, plan_round
 from longtail.engine.run_settings import RunSettings, check_same, load_settings
 from longtail.engine.tasks import load_task
 from longtail.engine.trajectory_file import index_file
@@ -175,7 +175,7 @@ def _num_prompts(options: RoundOptions) -> int | None:
             raise InvalidInputError("num_prompts", "an integer >= 1", options.num_prompts)
         return options.num_prompts
     if options.target_groups is not None and math.isfinite(factor := options.over_provision or 1.0):
-        return max(1, math.ceil(min(factor * options.target_groups, sys.maxsize)))
+        return max(1, num_groups_for(options.target_groups, factor, sys.maxsize))
     return None
 
 

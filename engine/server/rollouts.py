@@ -20,13 +20,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from longtail.engine.errors import EngineDeadError, InvalidInputError
+from longtail.engine.errors import InvalidInputError
 from longtail.engine.prompts import PromptLimits, Tokenizer
 from longtail.engine.rounds import RoundPlan, plan_round
 from longtail.engine.server.bodies import RolloutBody, parse_body
 from longtail.engine.server.json_door import SCOPE_KEY
 from longtail.engine.server.problems import RoundConflictError, UnknownRoundError
-from longtail.engine.server.scheduler_link import SchedulerLink
+from longtail.engine.server.scheduler_link import SchedulerLink, core_ended
 from longtail.engine.server.served_round import ServedRound
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class RolloutService:
 
         """
         if self._link.is_dead:
-            raise EngineDeadError("rollout", "its process ended or was told to")
+            raise core_ended()
         plan = await asyncio.get_running_loop().run_in_executor(self._planner, self._plan, body)
         round_id = plan.round_id
         if round_id in self._live:

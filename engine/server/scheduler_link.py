@@ -41,7 +41,7 @@ class SchedulerLink:
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
         if self.is_dead:
-            raise _died()
+            raise core_ended()
         call = asyncio.ensure_future(self._engine.engine_core.call_utility_async(method, *args))
         try:
             loop = asyncio.get_running_loop()
@@ -53,10 +53,10 @@ class SchedulerLink:
                     raise EngineTimeoutError(f"the engine core's answer to {what}", timeout_s)
                 await asyncio.wait([call], timeout=min(_DEATH_POLL_S, left_s))
                 if not call.done() and self.is_dead:
-                    raise _died()
+                    raise core_ended()
             return call.result()
         except VllmEngineDeadError as error:
-            raise _died() from error
+            raise core_ended() from error
         finally:
             call.cancel()
 
@@ -66,5 +66,6 @@ class SchedulerLink:
         return bool(self._engine.errored)
 
 
-def _died() -> EngineDeadError:
-    return EngineDeadError("rollout", "its process ended or was told to")
+def core_ended(num_in_flight: int = 0) -> EngineDeadError:
+    """The error for whoever needs a core that is gone, or was told to go."""
+    return EngineDeadError("rollout", "its process ended or was told to", num_in_flight)

@@ -15,7 +15,7 @@ from longtail.engine.errors import EngineDeadError, LongtailError
 from longtail.engine.rounds import MemberPlan, RoundCollector, RoundPlan
 from longtail.engine.server.bodies import ErrorLine, RoundLine, encode_line, trajectory_line
 from longtail.engine.server.problems import problem
-from longtail.engine.server.scheduler_link import SchedulerLink
+from longtail.engine.server.scheduler_link import SchedulerLink, core_ended
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -150,5 +150,5 @@ class ServedRound:
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
         if isinstance(error, (VllmEngineDeadError, EngineDeadError)):
-            return EngineDeadError("rollout", "its process ended or was told to", self._collector.num_pending)
+            return core_ended(self._collector.num_pending)
         return error

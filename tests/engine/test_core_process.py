@@ -60,26 +60,20 @@ if __name__ == "__main__":
     assert run(tmp_path, body) == ["later", "0"]
 
 
-def test_beside_a_thread_that_waits_for_it_too(tmp_path: Path) -> None:
-    body = """
+@pytest.mark.parametrize(
+    ("thread", "seen"),
+    [("target=threading.Event().wait", "later"), ("target=time.sleep, args=(3,)", "at import")],
+    ids=["that waits, it forks", "at work, it spawns"],
+)
+def test_beside_another_thread(tmp_path: Path, thread: str, seen: str) -> None:
+    body = f"""
 if __name__ == "__main__":
     seen = "later"
-    done = threading.Event()
-    threading.Thread(target=done.wait, daemon=True).start()
+    threading.Thread({thread}, daemon=True).start()
     time.sleep(0.2)
     start(show)
 """
-    assert run(tmp_path, body) == ["later", "0"]
-
-
-def test_beside_a_thread_at_work_it_spawns(tmp_path: Path) -> None:
-    body = """
-if __name__ == "__main__":
-    seen = "later"
-    threading.Thread(target=time.sleep, args=(3,), daemon=True).start()
-    start(show)
-"""
-    assert run(tmp_path, body) == ["at import", "0"]
+    assert run(tmp_path, body) == [seen, "0"]
 
 
 def test_what_is_the_parents_stays_the_parents(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,11 @@ def driver(fake: FakeEngine) -> Iterator[EngineDriver]:
     assert fake.is_shut_down.is_set()
 
 
+def closed(item: Any) -> None:
+    """A sink that is an event loop which is gone."""
+    raise RuntimeError("Event loop is closed")
+
+
 def block(driver: EngineDriver) -> Callable[[], None]:
     """Keep the driver busy until the result is called."""
     go_on, entered = threading.Event(), threading.Event()
@@ -81,38 +87,28 @@ def block(driver: EngineDriver) -> Callable[[], None]:
 
 
 def test_a_caller_that_leaves_disturbs_nobody(driver: EngineDriver, fake: FakeEngine) -> None:
-    got: list[Any] = []
-    driver.submit([("a", [1], None)], got.append)
+    got: SimpleQueue[Any] = SimpleQueue()
+    driver.submit([("a", [1], None)], got.put)
     unblock = block(driver)
     left = driver.call_later(lambda link: 1)
     assert left.cancel()
     unblock()
     assert driver.wait(driver.call_later(lambda link: 2), "an answer") == 2
     fake.release()
-    while not got:
-        time.sleep(0.01)
-    assert got[0].request_id == "a"
+    assert got.get(timeout=TIMEOUT_S).request_id == "a"
 
 
 def test_a_sink_that_raises_ends_only_its_own_request(driver: EngineDriver, fake: FakeEngine) -> None:
-    got: list[Any] = []
-
-    def closed(item: Any) -> None:
-        raise RuntimeError("Event loop is closed")
-
+    got: SimpleQueue[Any] = SimpleQueue()
     driver.submit([("lost", [1], None)], closed)
-    driver.submit([("kept", [1], None)], got.append)
+    driver.submit([("kept", [1], None)], got.put)
     fake.release()
-    while not got:
-        time.sleep(0.01)
+    assert got.get(timeout=TIMEOUT_S).request_id == "kept"
     assert driver.num_in_flight == 0
     assert driver.wait(driver.call_later(lambda link: 3), "an answer") == 3
 
 
 def test_closing_with_a_sink_that_raises_still_stops_the_engine(driver: EngineDriver, fake: FakeEngine) -> None:
-    def closed(item: Any) -> None:
-        raise RuntimeError("Event loop is closed")
-
     driver.submit([("lost", [1], None)], closed)
     driver.close()
     assert fake.is_shut_down.is_set()
@@ -122,26 +118,23 @@ def test_outputs_of_abandoned_requests_do_not_reach_the_next_of_the_same_id(
     driver: EngineDriver, fake: FakeEngine
 ) -> None:
     old: list[Any] = []
-    new: list[Any] = []
+    new: SimpleQueue[Any] = SimpleQueue()
     driver.submit([("a", [1], None), ("b", [1], None)], old.append)
     driver.wait(driver.call_later(lambda link: driver.abandon(["a", "b", "unknown"])), "it")
     assert (driver.num_in_flight, fake.waiting) == (0, [])
-    driver.submit([("a", [1], None)], new.append)
+    driver.submit([("a", [1], None)], new.put)
     fake.release()
-    while not new:
-        time.sleep(0.01)
+    assert new.get(timeout=TIMEOUT_S).request_id == "a"
     assert old == []
 
 
 def test_a_bug_in_the_driver_is_an_error_for_everyone_who_waits(driver: EngineDriver, fake: FakeEngine) -> None:
-    got: list[Any] = []
+    got: SimpleQueue[Any] = SimpleQueue()
     unblock = block(driver)
-    driver.submit([("a", [1], None)], got.append)
+    driver.submit([("a", [1], None)], got.put)
     fake.error = SystemExit("not an Exception, so that the driver does not expect it")
     unblock()
-    while not got:
-        time.sleep(0.01)
-    assert isinstance(got[0], EngineDeadError)
+    assert isinstance(got.get(timeout=TIMEOUT_S), EngineDeadError)
     assert fake.is_shut_down.wait(TIMEOUT_S)
     with pytest.raises(EngineDeadError):
         driver.call_later(lambda link: 1)
