@@ -60,20 +60,21 @@ class SchedulerHarness:
 
     def __init__(self, scheduler_cls: Callable[..., Any], config: VllmConfig, num_blocks: int = 16_384) -> None:
         config.cache_config.num_gpu_blocks = num_blocks
-        spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
+        block_size = config.cache_config.block_size
+        spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
         self._hasher = None
         if config.cache_config.enable_prefix_caching:
             hash_function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
             init_none_hash(hash_function)
-            self._hasher = get_request_block_hasher(BLOCK_SIZE, hash_function)
+            self._hasher = get_request_block_hasher(block_size, hash_function)
         self.scheduler: Any = scheduler_cls(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(
                 num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
             ),
             structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK_SIZE,
-            hash_block_size=BLOCK_SIZE,
+            block_size=block_size,
+            hash_block_size=block_size,
             log_stats=True,
         )
 

@@ -85,7 +85,7 @@ class RoundRun:
         sampling = self.plan.sampling
         self._driver.submit(
             [
-                (member.request_id, member.prompt.token_ids, sampling_params(sampling, member))
+                (member.request_id, member.token_ids, sampling_params(sampling, member))
                 for member in self.plan.members()
             ],
             deliver,

@@ -19,8 +19,10 @@ from longtail.engine.prompts import PromptLimits, Tokenizer, TokenPrompt, tokeni
 from longtail.engine.trajectory import (
     MODEL_TOKEN,
     Group,
+    KvSpan,
     Round,
     RoundStats,
+    Segment,
     Timings,
     TokenCounts,
     Trajectory,
@@ -41,13 +43,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MemberPlan:
-    """One request to submit; `request_id` is the trajectory's id too."""
+    """One request to submit.
+
+    Attributes:
+        request_id: of the request; a trajectory that goes on has another one each time.
+        max_tokens: output tokens that it may still have.
+        index: place in the group, which is not that of the metadata when siblings have ended before.
+        prior: the trajectory that it goes on with.
+
+    """
 
     request_id: str
     prompt: TokenPrompt
     metadata: RolloutMetadata
     seed: int | None
     max_tokens: int
+    trajectory_id: str
+    index: int
+    prior: Trajectory | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What the engine is given: the prompt, and the output so far."""
+        return self.prompt.token_ids + self.prior.output_token_ids if self.prior else self.prompt.token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +85,9 @@ class RoundPlan:
             if seed is None and self.sampling.seed is not None:
                 seed = self.sampling.seed + position * self.group_size
             for index in range(self.group_size):
+                request_id = f"{self.round_id}/{prompt.group_id}/{index}"
                 yield MemberPlan(
-                    f"{self.round_id}/{prompt.group_id}/{index}",
+                    request_id,
                     prompt,
                     RolloutMetadata(
                         round=self.round_id,
@@ -79,6 +98,8 @@ class RoundPlan:
                     ),
                     None if seed is None else seed + index,
                     self.sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens[index],
+                    trajectory_id=request_id,
+                    index=index,
                 )
 
 
@@ -165,7 +186,7 @@ class RoundCollector:
     def add(self, output: RequestOutput) -> Trajectory:
         """Take a member's final output."""
         member = self._pending.pop(output.request_id)
-        trajectory = _trajectory(member, output)
+        trajectory = segment_of(member, output)
         self._done[trajectory.group_id].append(trajectory)
         return trajectory
 
@@ -213,16 +234,16 @@ def _stats(groups: list[Group], counts: dict[str, Any], seconds: float) -> Round
     )
 
 
-def _trajectory(member: MemberPlan, output: RequestOutput) -> Trajectory:
+def segment_of(member: MemberPlan, output: RequestOutput) -> Trajectory:
+    """The final output of one request as a trajectory of its own, without what it had before."""
     completion: Any = output.outputs[0]
     token_ids = list(completion.token_ids)
     report = report_of(output.kv_transfer_params)
-    metadata = member.metadata
     return Trajectory(
-        trajectory_id=member.request_id,
-        round_id=metadata.round,
-        group_id=metadata.group,
-        index=metadata.index,
+        trajectory_id=member.trajectory_id,
+        round_id=member.metadata.round,
+        group_id=member.prompt.group_id,
+        index=member.index,
         prompt_token_ids=member.prompt.token_ids,
         output_token_ids=token_ids,
         # Flat log-probs hold one entry a position: the sampled token's.
@@ -233,6 +254,7 @@ def _trajectory(member: MemberPlan, output: RequestOutput) -> Trajectory:
             for span in completion.weight_versions or ()
             if span.end > span.start
         ],
+        segments=_segments(report, member.metadata.num_prior_tokens, len(token_ids)),
         finish_reason=completion.finish_reason,
         stop_reason=completion.stop_reason,
         text=completion.text or None,
@@ -241,6 +263,19 @@ def _trajectory(member: MemberPlan, output: RequestOutput) -> Trajectory:
         tokens=_token_counts(report),
         metadata=member.prompt.metadata,
     )
+
+
+def _segments(report: MemberReport | None, num_prior: int, num_tokens: int) -> list[Segment]:
+    """The segments of a report, counted in the tokens of its own request."""
+    if report is None or not num_tokens:
+        return []
+    starts = [start - num_prior for start, _ in report.segments]
+    ends = [*starts[1:], num_tokens]
+    return [
+        Segment(start=start, end=end, kv_versions=[KvSpan(*span) for span in spans])
+        for start, end, (_, spans) in zip(starts, ends, report.segments, strict=True)
+        if end > start
+    ]
 
 
 def _timings(report: MemberReport | None) -> Timings:
@@ -265,5 +300,6 @@ def _token_counts(report: MemberReport | None) -> TokenCounts:
         scheduled=report.num_scheduled_tokens,
         recomputed=report.num_recomputed_tokens,
         cached=report.num_cached_tokens,
+        parked=report.num_parked_tokens,
         preemptions=report.num_preemptions,
     )

@@ -27,6 +27,30 @@ class VersionSpan(msgspec.Struct, frozen=True):
     end: int
 
 
+class KvSpan(msgspec.Struct, frozen=True):
+    """Positions `[start, end)` of prompt and output have KV that was computed under weight `version`."""
+
+    version: str
+    start: int
+    end: int
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """Output tokens `[start, end)`, sampled in one go: between a start, a resume, a weight change or a lost KV.
+
+    Attributes:
+        kv_versions: spans over the positions whose KV was there when its first token was sampled; the KV of the
+            segment's own tokens has the version that the tokens have. One span with the token's version is what
+            a trainer recomputes; anything else is the KV policy `stale`, and off-policy in a way that a ratio of
+            token probabilities does not show.
+
+    """
+
+    start: int
+    end: int
+    kv_versions: list[KvSpan]
+
+
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the round was submitted; `None` for a stage that was never reached.
 
@@ -44,8 +68,9 @@ class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         scheduled: tokens that went through the model, prompt and output.
-        recomputed: of those, tokens whose KV had been computed before and was lost (preemption).
+        recomputed: of those, tokens whose KV had been computed before and was lost (preemption, a resume without it).
         cached: prompt tokens that the prefix cache served instead.
+        parked: tokens whose parked KV was taken up again instead.
         preemptions: how often the request lost its KV.
 
     """
@@ -53,6 +78,7 @@ class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
     scheduled: int = 0
     recomputed: int = 0
     cached: int = 0
+    parked: int = 0
     preemptions: int = 0
 
 
@@ -61,7 +87,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         trajectory_id: unique in its engine, `<round>/<group>/<index>`.
-        round_id: the round that it was collected in.
+        round_id: the round that it was returned in; a carried trajectory has the id of the round that it began in.
         group_id: the group (one prompt) that it belongs to.
         index: its place in the group, 0-based.
         prompt_token_ids: int token ids, length P.
@@ -70,11 +96,15 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
             sampled from, after temperature and top-p/top-k (the behaviour policy of a PPO ratio).
         source_mask: int, length T: 1 for a token that the model sampled, 0 for one that the environment
             appended.
+        loss_mask: int, length T: 0 for a token that must not be trained on, because the environment appended it or
+            because it is staler than the bound; by default `source_mask`.
         weight_versions: half-open spans over the output that cover all T tokens.
+        segments: cover all T tokens; empty where nobody kept record.
         finish_reason: vLLM's word for why it ended; `abort` for a member of a cut round.
         stop_reason: the stop string or token id that ended it, or `rollout_cut`.
         text: the detokenized output, for people.
         seed: the sampling seed, if one was given.
+        reward: what a reward hook gave it.
         timings: see `Timings`.
         tokens: see `TokenCounts`.
         metadata: what the caller attached to the prompt, unchanged.
@@ -92,32 +122,33 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     output_token_ids: list[int]
     logprobs: list[float]
     source_mask: list[int]
+    loss_mask: list[int] = []
     weight_versions: list[VersionSpan]
+    segments: list[Segment] = []
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     text: str | None = None
     seed: int | None = None
+    reward: float | None = None
     timings: Timings
     tokens: TokenCounts
     metadata: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         num_tokens = len(self.output_token_ids)
-        for name in ("logprobs", "source_mask"):
+        if not self.loss_mask:
+            msgspec.structs.force_setattr(self, "loss_mask", self.source_mask)
+        for name in ("logprobs", "source_mask", "loss_mask"):
             if (length := len(getattr(self, name))) != num_tokens:
                 raise ValueError(
                     f"trajectory {self.trajectory_id}: {name} has length {length}, output_token_ids has {num_tokens}"
                 )
-        covered = 0
-        for span in self.weight_versions:
-            if span.start != covered or span.end <= span.start:
-                break
-            covered = span.end
-        if covered != num_tokens or (num_tokens == 0 and self.weight_versions):
-            raise ValueError(
-                f"trajectory {self.trajectory_id}: weight_versions {self.weight_versions} do not cover "
-                f"its {num_tokens} output tokens"
-            )
+        for name in ("weight_versions", "segments"):
+            spans: list[VersionSpan | Segment] = getattr(self, name)
+            if not _cover(spans, num_tokens) and (spans or name == "weight_versions"):
+                raise ValueError(
+                    f"trajectory {self.trajectory_id}: {name} {spans} do not cover its {num_tokens} output tokens"
+                )
 
     @property
     def ended_by_itself(self) -> bool:
@@ -130,16 +161,28 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
         return self.finish_reason == "abort" and self.stop_reason == CUT_STOP_REASON
 
 
+def _cover(spans: list[VersionSpan | Segment], num_tokens: int) -> bool:
+    """Whether non-empty spans follow each other from 0 to `num_tokens`."""
+    covered = 0
+    for span in spans:
+        if span.start != covered or span.end <= span.start:
+            return False
+        covered = span.end
+    return covered == num_tokens
+
+
 class Group(msgspec.Struct, frozen=True, kw_only=True):
     """The samples of one prompt, ordered by `index`.
 
-    `complete` is true when every member finished by itself (`stop`, `length` or `repetition`).
+    `complete` is true when every member finished by itself (`stop`, `length` or `repetition`). `rejected` says why a
+    group was filtered.
     """
 
     group_id: str
     trajectories: list[Trajectory]
     complete: bool
     metadata: dict[str, Any] = {}
+    rejected: str | None = None
 
 
 class RoundStats(msgspec.Struct, frozen=True, kw_only=True):

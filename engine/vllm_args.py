@@ -89,7 +89,7 @@ def sampling_params(sampling: SamplingConfig, member: MemberPlan) -> SamplingPar
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_tokens=member.max_tokens,
-        min_tokens=min(sampling.min_tokens, member.max_tokens),
+        min_tokens=max(0, min(sampling.min_tokens - member.metadata.num_prior_tokens, member.max_tokens)),
         stop=list(sampling.stop) or None,
         stop_token_ids=list(sampling.stop_token_ids) or None,
         ignore_eos=sampling.ignore_eos,

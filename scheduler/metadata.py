@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from longtail.scheduler.errors import InvalidInputError
+from longtail.scheduler.kv_policy import KvPolicy
 
 EXTRA_ARGS_KEY = "rollout"
 
@@ -36,8 +37,12 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         round: id of the round; members with one id are cut together.
         target_groups: the round is cut when this many groups are complete; every member must say the same.
         group: id of the group inside the round.
-        group_size: members of the group; every member must say the same.
+        group_size: members of the group that run in this round; every member must say the same.
         index: place in the group, 0-based, below `group_size`.
+        park: key under which its KV is parked when its round is cut, and looked for when it begins. `None` frees it.
+        kv_policy: what a weight change does to its KV: `fresh`, `stale` or `stale_up_to:k`.
+        num_prior_tokens: how many tokens at the end of its prompt are output of the same trajectory, sampled before.
+        num_computed_tokens: for how many tokens of its prompt there had been KV when it was stopped.
 
     """
 
@@ -46,6 +51,10 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     group: str
     group_size: int = 1
     index: int = 0
+    park: str | None = None
+    kv_policy: str = "fresh"
+    num_prior_tokens: int = 0
+    num_computed_tokens: int = 0
 
 
 class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +70,10 @@ class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
         num_recomputed_tokens: of those, tokens that a preemption had thrown away before.
         num_cached_tokens: prompt tokens that the prefix cache served at its first admission.
         num_preemptions: how often it lost its KV.
+        num_parked_tokens: positions whose parked KV it took up again.
+        num_computed_tokens: positions that had KV when it ended.
+        segments: `(start, kv_spans)` by segment: the output token that it begins with, counted in the trajectory, and
+            `(version, start, end)` spans of the KV that was there then.
 
     """
 
@@ -73,6 +86,9 @@ class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
     num_recomputed_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_parked_tokens: int = 0
+    num_computed_tokens: int = 0
+    segments: list[tuple[int, list[tuple[str, int, int]]]] = []
 
 
 def report_of(kv_transfer_params: Mapping[str, Any] | None) -> MemberReport | None:
@@ -101,10 +117,14 @@ def parse_metadata(value: object) -> RolloutMetadata:
         metadata = msgspec.convert(dict(value), RolloutMetadata)
     except msgspec.ValidationError as error:
         raise _named_error(error, value) from error
-    for name in ("round", "group"):
+    for name in ("round", "group", "park"):
         text = getattr(metadata, name)
-        if not 0 < len(text) <= MAX_ID_CHARS:
+        if text is not None and not 0 < len(text) <= MAX_ID_CHARS:
             raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", f"1 to {MAX_ID_CHARS} characters", text)
+    for name in ("num_prior_tokens", "num_computed_tokens"):
+        if getattr(metadata, name) < 0:
+            raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", "an integer >= 0", getattr(metadata, name))
+    KvPolicy.parse(metadata.kv_policy, f"{EXTRA_ARGS_KEY}.kv_policy")
     for name, high in (("target_groups", MAX_TARGET_GROUPS), ("group_size", MAX_GROUP_SIZE)):
         number = getattr(metadata, name)
         if not 1 <= number <= high:

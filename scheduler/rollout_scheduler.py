@@ -1,6 +1,6 @@
 """The adapter: vLLM's V1 scheduler plus rounds that it cuts itself.
 
-`RolloutMixin` overrides seven named methods of `vllm.v1.core.sched.scheduler.Scheduler` and holds the only
+`RolloutMixin` overrides eight named methods of `vllm.v1.core.sched.scheduler.Scheduler` and holds the only
 vLLM calls of this package. Every decision is `RoundBook`'s. A request without rollout metadata takes stock
 vLLM's path, and an engine without any pays one empty-dict test a step.
 
@@ -8,18 +8,20 @@ An exception that leaves a scheduler method kills the engine core and every requ
 from outside is parsed before anything is enqueued, and what is wrong is answered with a final output whose
 finish reason is `error` and whose stop reason names the field.
 
-Only `add_request`, `schedule`, `update_from_output`, `finish_requests`, `_preempt_request` and `has_requests` may be
-called by vLLM; `rollout_rpc` is called by the front end through the ledger's method on `EngineCore`.
+Only `add_request`, `schedule`, `_get_local_prefix_cache_hit`, `update_from_output`, `finish_requests`,
+`_preempt_request` and `has_requests` may be called by vLLM; `rollout_rpc` is called by the front end through the
+ledger's method on `EngineCore`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -28,7 +30,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from longtail.scheduler.errors import InvalidInputError
-from longtail.scheduler.metadata import CUT_STOP_REASON, EXTRA_ARGS_KEY, MemberReport, metadata_of
+from longtail.scheduler.kv_policy import KvPolicy
+from longtail.scheduler.member import Member
+from longtail.scheduler.metadata import CUT_STOP_REASON, EXTRA_ARGS_KEY, MemberReport, RolloutMetadata, metadata_of
+from longtail.scheduler.rollout_kv import RolloutKv
 from longtail.scheduler.rounds import Admission, RoundBook
 from longtail.scheduler.stop_strings import StopStringWatch
 
@@ -43,67 +48,20 @@ else:
 _NATURAL = frozenset({FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION})
 
 
-@dataclass(slots=True)
-class _Member:
-    """One live member of a round, and what its final report will say.
-
-    An episode is the time between two losses of its KV. `start` is where the current one began (tokens that the
-    prefix cache served), `None` while it is not in the batch; `frontier` is the longest prefix computed so far.
-    """
-
-    request: Request
-    opened_ts: float
-    arrived_ts: float
-    scheduled_ts: float | None = None
-    first_token_ts: float | None = None
-    start: int | None = None
-    frontier: int = 0
-    num_scheduled: int = 0
-    num_recomputed: int = 0
-    num_cached: int = 0
-
-    def enter_batch(self, num_cached_tokens: int, now: float) -> None:
-        if self.scheduled_ts is None:
-            self.scheduled_ts, self.num_cached = now, num_cached_tokens
-        self.start = num_cached_tokens
-
-    def end_episode(self) -> None:
-        if self.start is None:
-            return
-        computed = self.request.num_computed_tokens
-        self.num_scheduled += computed - self.start
-        self.num_recomputed += max(0, min(computed, self.frontier) - self.start)
-        self.frontier = max(self.frontier, computed)
-        self.start = None
-
-    def report(self, now: float) -> MemberReport:
-        self.end_episode()
-        return MemberReport(
-            opened_ts=self.opened_ts,
-            arrived_ts=self.arrived_ts,
-            finished_ts=now,
-            scheduled_ts=self.scheduled_ts,
-            first_token_ts=self.first_token_ts,
-            num_scheduled_tokens=self.num_scheduled,
-            num_recomputed_tokens=self.num_recomputed,
-            num_cached_tokens=self.num_cached,
-            num_preemptions=self.request.num_preemptions,
-        )
-
-
 class RolloutMixin(_Base):
     """Rounds for any V1 scheduler; put it before the scheduler class in the bases."""
 
     #: Operations of `rollout_rpc`.
-    RPC_OPS = ("round", "close_round", "forget_round", "counters")
+    RPC_OPS = ("round", "close_round", "forget_round", "counters", "weights", "unpark")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._book = RoundBook()
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, Member] = {}
         self._no_token_yet: set[str] = set()
         self._stop_strings = StopStringWatch(self.vllm_config.model_config)
         self._answers: list[tuple[int, EngineCoreOutput]] = []
+        self._kv = RolloutKv(self)
 
     # ---- called by vLLM ------------------------------------------------------------------------------------
 
@@ -112,22 +70,31 @@ class RolloutMixin(_Base):
         now = time.monotonic()
         try:
             metadata = metadata_of(params.extra_args if params is not None else None)
-            if metadata is not None and request.resumable:
-                raise InvalidInputError(EXTRA_ARGS_KEY, "a request whose prompt is there at once", "streaming input")
+            if metadata is not None:
+                _check_request(metadata, request)
             admission = None if metadata is None else self._book.admit(request.request_id, metadata, now)
         except InvalidInputError as error:
             self._answer(request, FinishReason.ERROR, str(error))
             return
         if metadata is None:
             super().add_request(request)
-        elif admission is Admission.LATE:
-            self._answer(request, FinishReason.ABORT, CUT_STOP_REASON)
-        else:
-            opened_ts = self._book.opened_ts(metadata.round)
-            self._members[request.request_id] = _Member(request, opened_ts=opened_ts, arrived_ts=now)
-            self._no_token_yet.add(request.request_id)
-            self._stop_strings.watch(request)
-            super().add_request(request)
+            return
+        member = Member.of(request, metadata, self._book.opened_ts(metadata.round), now)
+        if admission is Admission.LATE:
+            request.record_event(EngineCoreEventType.QUEUED, now)
+            self._answer(request, FinishReason.ABORT, CUT_STOP_REASON, member)
+            return
+        self._members[request.request_id] = member
+        self._no_token_yet.add(request.request_id)
+        self._stop_strings.watch(request, metadata.num_prior_tokens)
+        self._kv.check(member)
+        super().add_request(request)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        hit = super()._get_local_prefix_cache_hit(request)
+        if self._kv.has_own_hits:
+            return self._kv.choose(request, self._members.get(request.request_id), hit)
+        return hit
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
@@ -160,6 +127,7 @@ class RolloutMixin(_Base):
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         if (member := self._members.get(request.request_id)) is not None:
             member.end_episode()
+        self._kv.end(request)
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def has_requests(self) -> bool:
@@ -177,7 +145,7 @@ class RolloutMixin(_Base):
         for request_id in entered:
             if (member := self._members.get(request_id)) is not None:
                 scheduled = output.num_scheduled_tokens[request_id]
-                member.enter_batch(member.request.num_computed_tokens - scheduled, now)
+                self._kv.enter_batch(member, member.request.num_computed_tokens - scheduled, now)
 
     def _end_members(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Count the members that finished in this step, then cut the rounds that are complete."""
@@ -191,8 +159,8 @@ class RolloutMixin(_Base):
             for output in client_outputs.outputs:
                 if output.finish_reason is not None:
                     self._count_finished(output, now)
-                elif self._stop_strings and self._stop_strings.hit(output.request_id, output.new_token_ids):
-                    self._stop_at_string(output, now)
+                elif self._stop_strings and (text := self._stop_strings.hit(output.request_id, output.new_token_ids)):
+                    self._stop_at_string(output, text, now)
         cut = self._book.cut_ready()
         if cut:
             by_id = {output.request_id: output for group in outputs.values() for output in group.outputs}
@@ -208,15 +176,18 @@ class RolloutMixin(_Base):
             self._book.leave(output.request_id)
         _attach_report(output, member.report(now))
 
-    def _stop_at_string(self, output: EngineCoreOutput, now: float) -> None:
+    def _stop_at_string(self, output: EngineCoreOutput, stop_string: str, now: float) -> None:
         """End a member at a stop string in the step that completes it.
 
         The front end finds the same string with the same detokenizer and makes the final output itself, text
         trimmed as stock vLLM trims it; a finish reason from here would make it drop the last token's text. Its
-        abort, one step later, finds no request.
+        abort, one step later, finds no request. Of a resumed member it does not know the text before, so there it
+        gets the reason, and makes the whole text itself.
         """
         member = self._drop_member(output.request_id)
         assert member is not None
+        if member.num_prior:
+            output.finish_reason, output.stop_reason = FinishReason.STOP, stop_string
         super().finish_requests(output.request_id, RequestStatus.FINISHED_STOPPED)
         self._book.finish(output.request_id, member.request.num_output_tokens)
         _attach_report(output, member.report(now))
@@ -228,6 +199,7 @@ class RolloutMixin(_Base):
         member = self._drop_member(request_id)
         assert member is not None
         request = member.request
+        self._kv.park(member)
         super().finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
         output = by_id.get(request_id)
         if output is None:
@@ -237,21 +209,22 @@ class RolloutMixin(_Base):
         output.stop_reason = CUT_STOP_REASON
         _attach_report(output, member.report(now))
 
-    def _drop_member(self, request_id: str) -> _Member | None:
+    def _drop_member(self, request_id: str) -> Member | None:
         member = self._members.pop(request_id, None)
         if member is not None:
             self._no_token_yet.discard(request_id)
             self._stop_strings.forget(request_id)
+            self._kv.end(member.request)
         return member
 
     def _answer(
-        self, request: Request, finish_reason: FinishReason, stop_reason: str, member: _Member | None = None
+        self, request: Request, finish_reason: FinishReason, stop_reason: str, member: Member | None = None
     ) -> None:
         """Give a request that is not, or no longer, in the queues its final output in the next step."""
         now = time.monotonic()
         if member is None:
             request.record_event(EngineCoreEventType.QUEUED, now)
-            member = _Member(request, opened_ts=now, arrived_ts=now)
+            member = Member(request, opened_ts=now, arrived_ts=now)
         output = _empty_output(request, now)
         output.finish_reason, output.stop_reason = finish_reason, stop_reason
         _attach_report(output, member.report(now))
@@ -264,14 +237,20 @@ class RolloutMixin(_Base):
 
         `round`, `close_round` (stops its live members now) and `forget_round` take `{"round": id}` and answer the
         fields of `RoundCounts`, the first two also `num_output_tokens` of its live members, and how many requests of
-        the engine run and wait. `counters` takes nothing.
+        the engine run and wait. `counters` takes nothing. `weights` says that the model has new weights: `version`
+        (int), `kv_policy` of requests that are no members, `share_prefix` (new requests may hit blocks of older
+        weights). `unpark` gives up the parked KV of `keys`. Both answer the counters.
         What the caller did wrong comes back as `{"invalid": [field, expected, got]}`: an exception would reach
         the caller without its type.
         """
         try:
             if op not in self.RPC_OPS:
                 raise InvalidInputError("op", "one of " + ", ".join(self.RPC_OPS), op)
-            if op == "counters":
+            if op == "weights":
+                self._change_weights(args)
+            elif op == "unpark":
+                self._kv.forget(_string_list(args, "keys"))
+            if op in ("counters", "weights", "unpark"):
                 return self._counters()
             round_id = args.get("round")
             if not isinstance(round_id, str):
@@ -293,10 +272,18 @@ class RolloutMixin(_Base):
             "num_waiting": num_waiting,
         }
 
+    def _change_weights(self, args: dict[str, Any]) -> None:
+        version = args.get("version")
+        if isinstance(version, bool) or not isinstance(version, int) or version < 0 or version == self._kv.version:
+            raise InvalidInputError("version", f"an integer >= 0 other than {self._kv.version}", version)
+        policy = KvPolicy.parse(args.get("kv_policy", "fresh"))
+        self._kv.change_weights(version, self._members, policy, bool(args.get("share_prefix")))
+
     def _close_round(self, round_id: str) -> None:
         for request_id in self._book.close(round_id):
             member = self._drop_member(request_id)
             assert member is not None
+            self._kv.park(member)
             super().finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
             self._answer(member.request, FinishReason.ABORT, CUT_STOP_REASON, member)
 
@@ -308,7 +295,27 @@ class RolloutMixin(_Base):
             "running": num_running,
             "waiting": num_waiting,
             "free_blocks": self.kv_cache_manager.block_pool.get_num_free_blocks(),
+            **self._kv.counters(),
         }
+
+
+def _check_request(metadata: RolloutMetadata, request: Request) -> None:
+    """What only the request itself can say of its metadata."""
+    if request.resumable:
+        raise InvalidInputError(EXTRA_ARGS_KEY, "a request whose prompt is there at once", "streaming input")
+    for name, bound in (
+        ("num_prior_tokens", request.num_prompt_tokens - 1),
+        ("num_computed_tokens", request.num_prompt_tokens),
+    ):
+        if getattr(metadata, name) > bound:
+            raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", f"at most {bound}, for its prompt", metadata)
+
+
+def _string_list(args: dict[str, Any], name: str) -> list[str]:
+    value = args.get(name)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise InvalidInputError(name, "a list of strings", value)
+    return list(value)
 
 
 def _attach_report(output: EngineCoreOutput, report: MemberReport) -> None:

@@ -8,6 +8,7 @@ are members of a round and have stop strings.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -30,21 +31,33 @@ class StopStringWatch:
     def __bool__(self) -> bool:
         return bool(self._detokenizers)
 
-    def watch(self, request: Request) -> None:
-        """Watch `request` if it has stop strings (the front end refuses them without a tokenizer)."""
+    def watch(self, request: Request, num_prior: int = 0) -> None:
+        """Watch `request` if it has stop strings (the front end refuses them without a tokenizer).
+
+        The last `num_prior` tokens of its prompt are output too: a stop string may begin in them.
+        """
         params = request.sampling_params
         if params is None or not params.stop or self._model_config.skip_tokenizer_init:
             return
         if self._tokenizer is None:
             self._tokenizer = cached_tokenizer_from_config(self._model_config)
-        # It reads only prompt_token_ids, sampling_params and request_id, which Request has under the same names.
-        detokenizer = IncrementalDetokenizer.from_new_request(self._tokenizer, request)  # type: ignore[arg-type]
+        # It reads only these three, which Request has under the same names.
+        token_ids = request.prompt_token_ids or []
+        num_prompt = len(token_ids) - num_prior
+        if num_prior and params.min_tokens:
+            params = params.clone()
+            params.min_tokens += num_prior
+        source = SimpleNamespace(
+            request_id=request.request_id, prompt_token_ids=token_ids[:num_prompt], sampling_params=params
+        )
+        detokenizer = IncrementalDetokenizer.from_new_request(self._tokenizer, source)  # type: ignore[arg-type]
+        detokenizer.update(token_ids[num_prompt:], False)
         self._detokenizers[request.request_id] = detokenizer
 
-    def hit(self, request_id: str, new_token_ids: list[int]) -> bool:
-        """Whether the tokens of this step complete a stop string of `request_id`."""
+    def hit(self, request_id: str, new_token_ids: list[int]) -> str | None:
+        """The stop string of `request_id` that the tokens of this step complete."""
         detokenizer = self._detokenizers.get(request_id)
-        return detokenizer is not None and detokenizer.update(new_token_ids, False) is not None
+        return None if detokenizer is None else detokenizer.update(new_token_ids, False)
 
     def forget(self, request_id: str) -> None:
         """Stop watching; unknown ids are ignored."""

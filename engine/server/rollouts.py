@@ -130,7 +130,7 @@ class RolloutService:
         from longtail.engine.vllm_args import sampling_params
 
         member = next(plan.members())
-        prompt: Any = {"type": "token", "prompt_token_ids": member.prompt.token_ids}
+        prompt: Any = {"type": "token", "prompt_token_ids": member.token_ids}
         try:
             self._engine.input_processor.process_inputs(
                 member.request_id,

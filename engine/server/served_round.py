@@ -129,7 +129,7 @@ class ServedRound:
     async def _run_member(self, member: MemberPlan, params: SamplingParams) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        prompt: Any = {"type": "token", "prompt_token_ids": member.prompt.token_ids}
+        prompt: Any = {"type": "token", "prompt_token_ids": member.token_ids}
         try:
             # Not an override's: what the scheduler refuses is a trajectory here, not an error of the whole round.
             async for output in AsyncLLM.generate(self._engine, prompt, params, member.request_id):
