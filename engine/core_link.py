@@ -9,9 +9,12 @@ from __future__ import annotations
 import multiprocessing.connection
 import signal
 import threading
+import time
 from typing import Any
 
 from longtail.scheduler.errors import InvalidInputError
+
+_POLL_S = 0.01
 
 
 class CoreLink:
@@ -33,12 +36,20 @@ class CoreLink:
         """The core runs in this process."""
         return self._inline_core is not None
 
-    def how_it_ended(self) -> str | None:
-        """What ended a core process, as the operating system has it; `None` if all run, or none was started."""
-        for process in self._processes:
-            if (code := process.exitcode) is not None:
-                end = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
-                return f"process {process.pid}: {end}"
+    def how_it_ended(self, patience_s: float = 1.0) -> str | None:
+        """What ended a core process, as the operating system has it; `None` if all run, or none was started.
+
+        News of a death may be here before its exit code, which another thread may be fetching: it is waited for.
+        """
+        deadline = time.monotonic() + patience_s
+        while self._processes:
+            for process in self._processes:
+                if (code := process.exitcode) is not None:
+                    end = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
+                    return f"process {process.pid}: {end}"
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
         return None
 
     def call(self, method: str, *args: Any) -> Any:

@@ -28,7 +28,9 @@ from longtail.engine.patches import (
     cpu_padded_drafts,
     cpu_seeded_prefill,
     fast_start,
+    kv_parking,
     request_check,
+    resumed_seeds,
     worker_report,
 )
 from longtail.engine.patches.entry import Change, Entry, fingerprint, module_file
@@ -45,10 +47,12 @@ ENTRIES: tuple[Entry, ...] = (
     cpu_expand.ENTRY,
     cpu_padded_drafts.ENTRY,
     cpu_seeded_prefill.ENTRY,
+    resumed_seeds.ENTRY,
 )
 
-#: What is swapped only while an engine is built, and put back: its sources are checked, it has no state.
-PASSING: tuple[Entry, ...] = (fast_start.ENTRY,)
+#: What changes nothing of vLLM's for good: swapped while an engine is built and put back, or only leant on. Its sources
+#: are checked, it has no state.
+PASSING: tuple[Entry, ...] = (fast_start.ENTRY, kv_parking.ENTRY)
 
 #: `armed`: the module that the entry changes is not imported in this process, and its import will make the change.
 State = Literal["applied", "armed", "not needed", "missing"]

@@ -281,7 +281,7 @@ def test_an_entry_that_a_process_has_never_heard_of_is_missing() -> None:
     known = states_with("cpu-expand", "applied")
     older = msgspec.structs.replace(known, entries=known.entries[:-1])
     with pytest.raises(
-        PatchLedgerError, match=r"cpu-seeded-prefill is missing in worker 3 .*another version of longtail"
+        PatchLedgerError, match=r"resumed-seeds is missing in worker 3 .*another version of longtail"
     ):
         ledger.verify([older])
 
