@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from longtail.engine.carry_config import CarryConfig
 from longtail.engine.errors import InvalidInputError
 
 CoreMode = Literal["process", "inline"]
@@ -94,6 +95,8 @@ class EngineConfig:
         enforce_eager: no compilation and no graphs; by default true on a CPU only.
         load_tokenizer: false for token-in token-out only (no text, chat or stop strings).
         seed: of the engine; a request's own seed is in `SamplingConfig`.
+        weight_version: version of the checkpoint's weights; each later update has a version of its own.
+        carry: let rounds leave unfinished groups to the next one; `None` returns them cut.
         start_timeout_s: bound on the start of the engine.
         stall_timeout_s: bound on one engine step; a round whose engine makes no step for so long fails.
         runtime: CPU threads and libraries.
@@ -115,6 +118,8 @@ class EngineConfig:
     enforce_eager: bool | None = None
     load_tokenizer: bool = True
     seed: int = 0
+    weight_version: int = 0
+    carry: CarryConfig | None = None
     start_timeout_s: float = 600.0
     stall_timeout_s: float = 600.0
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -133,6 +138,9 @@ class EngineConfig:
         if self.gpu_memory_utilization is not None:
             _check_float("engine.gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_low=True)
         _check_int("engine.seed", self.seed, 0, MAX_SEED)
+        _check_int("engine.weight_version", self.weight_version, 0)
+        if self.carry is not None and not isinstance(self.carry, CarryConfig):
+            raise InvalidInputError("engine.carry", "a CarryConfig", self.carry)
         for name in ("start_timeout_s", "stall_timeout_s"):
             _check_float(f"engine.{name}", getattr(self, name), 0.0, open_low=True)
         own = set(self.__dataclass_fields__) | {"scheduler_cls", "logprobs_mode", "skip_tokenizer_init"}

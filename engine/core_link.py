@@ -36,6 +36,11 @@ class CoreLink:
         """The core runs in this process."""
         return self._inline_core is not None
 
+    @property
+    def has_step_in_flight(self) -> bool:
+        """An inline core with asynchronous scheduling has a step whose tokens nobody has seen."""
+        return bool(getattr(self._inline_core, "batch_queue", None))
+
     def how_it_ended(self, patience_s: float = 1.0) -> str | None:
         """What ended a core process, as the operating system has it; `None` if all run, or none was started.
 

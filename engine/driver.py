@@ -49,6 +49,7 @@ class EngineDriver:
         self._posting = threading.Lock()
         self._closed = False
         self.last_progress = time.monotonic()
+        self.weight_version = config.weight_version
         self._thread = threading.Thread(target=self._run, name="longtail-engine", daemon=True)
         self._started: Future[StartedEngine] = Future()
         self._thread.start()
@@ -134,6 +135,11 @@ class EngineDriver:
         """Abort what is in flight of these; nothing of them reaches a sink any more. In the driver's thread only."""
         if in_flight := [one for one in request_ids if self._sinks.pop(one, None) is not None]:
             self.engine.llm_engine.abort_request(in_flight)
+
+    def drain(self) -> None:
+        """With the scheduler paused, in the driver's thread: finish the steps in flight, whose tokens are delivered."""
+        while self.engine.link.has_step_in_flight:
+            self._step()
 
     def check_stall(self) -> None:
         """Raise if requests are in flight and the engine has made no step for `stall_timeout_s`."""

@@ -115,6 +115,7 @@ class GroupState(msgspec.Struct, kw_only=True):
             MemberPlan(
                 request_id=f"{wave_id}/{self.serial}/{index}",
                 prompt=self.prompt,
+                sampling=self.sampling,
                 metadata=RolloutMetadata(
                     round=wave_id,
                     target_groups=target_groups,

@@ -16,6 +16,7 @@ from longtail.engine.patches import ledger
 from longtail.engine.prompts import PromptLimits, Tokenizer
 from longtail.engine.runtime import CpuRuntime, describe
 from longtail.engine.startup import fast_start
+from longtail.engine.weights import declare_first_version
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -99,6 +100,7 @@ def start_engine(config: EngineConfig) -> StartedEngine:
     )
     try:
         ledger.verify_engine(started.link.call)
+        declare_first_version(started.link, config.weight_version)
     except BaseException:
         started.shutdown()
         raise

@@ -30,7 +30,7 @@ class Prompt:
         token_ids: int token ids, used as they are.
         text: tokenised with the tokenizer's own special tokens.
         messages: chat messages (`role`, `content`), put through the checkpoint's chat template.
-        group_id: id of the group, unique in its round; its position in the round by default.
+        group_id: id of the group, unique among the prompts that are given together; its position by default.
         max_tokens: output budget in tokens, one for all members or one a member; `SamplingConfig`'s by default.
         seed: member `i` samples with `seed + i`; by default what `SamplingConfig.seed` gives the group's position.
         metadata: returned with every trajectory, unchanged.
@@ -66,9 +66,9 @@ class PromptLimits:
 
 
 def tokenize_prompts(
-    prompts: Sequence[Any], group_size: int, tokenizer: Tokenizer | None, limits: PromptLimits
+    prompts: Sequence[Any], group_size: int, tokenizer: Tokenizer | None, limits: PromptLimits, *, first: int = 0
 ) -> list[TokenPrompt]:
-    """Check every prompt and turn it into token ids.
+    """Check every prompt and turn it into token ids; `first` is the position of the first one.
 
     Raises:
         InvalidInputError: names the prompt by its position, e.g. `prompts[3].token_ids[0]`.
@@ -80,9 +80,9 @@ def tokenize_prompts(
         raise InvalidInputError("prompts", "at least one prompt", prompts)
     checked: list[TokenPrompt] = []
     seen: set[str] = set()
-    for position, value in enumerate(prompts):
+    for position, value in enumerate(prompts, start=first):
         where = f"prompts[{position}]"
-        prompt = _as_prompt(value, where)
+        prompt = as_prompt(value, where)
         group_id = str(position) if prompt.group_id is None else prompt.group_id
         if not isinstance(group_id, str) or not 0 < len(group_id) <= 200:
             raise InvalidInputError(f"{where}.group_id", "1 to 200 characters", group_id)
@@ -122,7 +122,13 @@ def _seed(value: int | None, group_size: int, where: str) -> int | None:
     return value
 
 
-def _as_prompt(value: Any, where: str) -> Prompt:
+def as_prompt(value: Any, where: str) -> Prompt:
+    """A prompt from anything that stands for one.
+
+    Raises:
+        InvalidInputError: names it `where`.
+
+    """
     if isinstance(value, Prompt):
         given = [name for name in ("token_ids", "text", "messages") if getattr(value, name) is not None]
         if len(given) != 1:

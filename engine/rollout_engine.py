@@ -1,37 +1,108 @@
 """`RolloutEngine` and `AsyncRolloutEngine`: rollouts in a trainer's own process.
 
-Both are thin: they wait for what `EngineDriver` delivers, one with a queue and one with an event loop. Every method
-checks its arguments before anything is submitted, and every wait is bounded by the configuration's timeouts.
+Both are thin: their streams wait for what `EngineDriver` delivers, one with a queue and one with an event loop. Every
+method checks its arguments before anything is submitted, and every wait is bounded by the configuration's timeouts.
 
-They are not thread-safe against `close()`, but several rounds may run at once.
+They are not thread-safe against `close()`, but several rounds may run at once, of which one may carry over.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
+import os
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from longtail.engine.carry_run import CarryBook, CarryRun, VersionChanged
 from longtail.engine.config import EngineConfig, SamplingConfig
 from longtail.engine.driver import EngineDriver
+from longtail.engine.errors import InvalidInputError
+from longtail.engine.hook_points import HookPoints
 from longtail.engine.prompts import Tokenizer
-from longtail.engine.round_run import RoundProgress, RoundRun, as_progress
+from longtail.engine.round_run import RoundProgress, RoundRun
+from longtail.engine.round_stream import AsyncGroupStream, AsyncRoundStream, GroupStream, RoundStream
 from longtail.engine.trajectory import Round, Trajectory
+from longtail.engine.weights import change_weights, checked_checkpoint, checked_version
 
 if TYPE_CHECKING:
-    from vllm.outputs import RequestOutput
-
     from longtail.engine.core_link import CoreLink
 
-    Item = RequestOutput | Exception
 
-_POLL_S = 0.25
-_PROGRESS_S = 0.5
+class _Engine:
+    """What the two facades have in common: one driver, and what is kept between rounds."""
+
+    def __init__(self, config: EngineConfig, hooks: HookPoints | None) -> None:
+        if hooks is not None and config.carry is None:
+            raise InvalidInputError("hooks", "EngineConfig.carry with them, whose rounds call them", hooks)
+        self.hooks = hooks
+        self.book = None if config.carry is None else CarryBook(config.carry, hooks)
+        try:
+            self.driver = EngineDriver(config)
+        except BaseException:
+            if self.book is not None:
+                self.book.close()
+            raise
+
+    def run(
+        self,
+        prompts: Any,
+        *,
+        group_size: int,
+        target_groups: int | None,
+        over_provision: float | None,
+        sampling: SamplingConfig,
+        round_id: str | None,
+        carry: bool,
+    ) -> RoundRun | CarryRun:
+        """A round, which carries over if the engine is set to, it has a target, and the caller does not object."""
+        arguments: dict[str, Any] = {
+            "group_size": group_size, "over_provision": over_provision, "sampling": sampling, "round_id": round_id,
+        }  # fmt: skip
+        if self.book is None or not carry:
+            return RoundRun(self.driver, prompts, target_groups=target_groups, **arguments)
+        if target_groups is None:
+            raise InvalidInputError("target_groups", "a number, because the rounds of this engine carry over", None)
+        return CarryRun(self.driver, self.book, prompts, target_groups=target_groups, **arguments)
+
+    def stream(
+        self,
+        prompts: Any,
+        *,
+        group_size: int,
+        num_groups: int,
+        sampling: SamplingConfig,
+    ) -> CarryRun:
+        """A stream without rounds."""
+        if self.book is None:
+            raise InvalidInputError("engine.carry", "a CarryConfig, because a stream carries groups over", None)
+        return CarryRun(
+            self.driver, self.book, prompts, group_size=group_size, target_groups=None, over_provision=None,
+            sampling=sampling, round_id=None, num_groups=num_groups,
+        )  # fmt: skip
+
+    def change_weights(self, version: int | None, checkpoint: str | os.PathLike[str] | None) -> Future[int]:
+        """Change the weights between two steps; the future has the new version."""
+        folder = None if checkpoint is None else checked_checkpoint(checkpoint)
+        new = checked_version(version, self.driver.weight_version)
+
+        def change(link: CoreLink) -> int:
+            change_weights(self.driver, link, new, folder)
+            if self.book is not None:
+                self.book.inbox.post_to_run(VersionChanged(new))
+            return new
+
+        return self.driver.call_later(change)
+
+    def close(self) -> None:
+        """Stop the engine, then give up the journal."""
+        try:
+            self.driver.close()
+        finally:
+            if self.book is not None:
+                self.book.close()
 
 
 class RolloutEngine:
@@ -39,15 +110,18 @@ class RolloutEngine:
 
     Args:
         config: the engine's configuration, or just the model's name.
+        hooks: called by rounds that carry over, see `longtail.hooks`.
 
     Raises:
         ModelSourceError, InvalidInputError, PatchLedgerError, EngineTimeoutError: the engine can't start.
+        JournalError: the journal of `config.carry` can't be used.
 
     """
 
-    def __init__(self, config: EngineConfig | str) -> None:
+    def __init__(self, config: EngineConfig | str, hooks: HookPoints | None = None) -> None:
         self.config = EngineConfig(model=config) if isinstance(config, str) else config
-        self._driver = EngineDriver(self.config)
+        self._engine = _Engine(self.config, hooks)
+        self._driver = self._engine.driver
 
     def __enter__(self) -> Self:
         return self
@@ -67,29 +141,36 @@ class RolloutEngine:
         """Process ids of the engine core; empty when it runs inline."""
         return self._driver.engine.link.pids
 
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that the engine samples from."""
+        return self._driver.weight_version
+
     def rollout(
         self,
-        prompts: Sequence[Any],
+        prompts: Any,
         *,
         group_size: int = 1,
         target_groups: int | None = None,
         over_provision: float | None = None,
         sampling: SamplingConfig = SamplingConfig(),
         round_id: str | None = None,
+        carry: bool = True,
         on_trajectory: Callable[[Trajectory], None] | None = None,
         on_progress: Callable[[RoundProgress], None] | None = None,
     ) -> Round:
         """Collect one round and return it whole.
 
-        The arguments are those of `stream`; `on_trajectory` is called with each trajectory as it finishes.
+        The arguments are those of `stream_trajectories`; `on_trajectory` is called with each trajectory as it finishes.
         """
-        stream = self.stream(
+        stream = self.stream_trajectories(
             prompts,
             group_size=group_size,
             target_groups=target_groups,
             over_provision=over_provision,
             sampling=sampling,
             round_id=round_id,
+            carry=carry,
             on_progress=on_progress,
         )
         for trajectory in stream:
@@ -97,121 +178,104 @@ class RolloutEngine:
                 on_trajectory(trajectory)
         return stream.round
 
-    def stream(
+    def stream_trajectories(
         self,
-        prompts: Sequence[Any],
+        prompts: Any,
         *,
         group_size: int = 1,
         target_groups: int | None = None,
         over_provision: float | None = None,
         sampling: SamplingConfig = SamplingConfig(),
         round_id: str | None = None,
+        carry: bool = True,
         on_progress: Callable[[RoundProgress], None] | None = None,
     ) -> RoundStream:
         """Submit one round; iterate over its trajectories as they finish.
 
+        With `EngineConfig.carry` the round begins with the groups that earlier rounds left, unfinished ones and
+        complete ones, and takes as many fresh prompts as it needs besides; it returns exactly `target_groups` groups
+        and keeps the rest for the next round. A round that was complete when the last process died, so that its caller
+        may not have got it, is returned first, under its own id.
+
         Args:
-            prompts: token ids, text, chat messages or `Prompt`s, one a group.
+            prompts: token ids, text, chat messages or `Prompt`s, one a group. Of a round that carries over: all
+                prompts of the training run, a sequence in which the engine keeps its position, or an iterator.
             group_size: samples of each prompt.
             target_groups: end the round when so many groups are complete; all of them by default. Every other
-                member is stopped in that very step and returned with what it has, `finish_reason="abort"`.
-            over_provision: use the first `ceil(over_provision * target_groups)` prompts only.
+                member is stopped in that very step and returned with what it has, `finish_reason="abort"`; a round
+                that carries over keeps them.
+            over_provision: have `ceil(over_provision * target_groups)` groups in flight; of a round that does not
+                carry over, use that many of the prompts only.
             sampling: how every member is sampled.
             round_id: unique among the engine's running rounds; random by default.
+            carry: false for a round of its own, such as an evaluation, in an engine that carries over.
             on_progress: called about twice a second with the scheduler's numbers, as far as its steps allow.
 
         Raises:
             InvalidInputError: an argument is wrong; nothing was submitted.
             EngineDeadError: the engine is dead or closed.
+            JournalError: the groups could not be written to the journal; nothing was submitted.
 
         """
-        run = RoundRun(
-            self._driver,
+        run = self._engine.run(
             prompts,
             group_size=group_size,
             target_groups=target_groups,
             over_provision=over_provision,
             sampling=sampling,
             round_id=round_id,
+            carry=carry,
         )
         return RoundStream(self._driver, run, on_progress)
 
+    def stream(
+        self,
+        prompts: Any,
+        *,
+        group_size: int = 1,
+        num_groups: int = 64,
+        sampling: SamplingConfig = SamplingConfig(),
+    ) -> GroupStream:
+        """Groups as they are complete, without rounds, for as long as there are prompts; needs `EngineConfig.carry`.
+
+        Args:
+            prompts: as for a round that carries over.
+            group_size: samples of each prompt.
+            num_groups: groups in flight; a group that is given away is replaced by a fresh one.
+            sampling: how every member is sampled.
+
+        Raises:
+            InvalidInputError: an argument is wrong; nothing was submitted.
+
+        """
+        run = self._engine.stream(prompts, group_size=group_size, num_groups=num_groups, sampling=sampling)
+        return GroupStream(self._driver, run)
+
+    def load_weights(self, checkpoint: str | os.PathLike[str], version: int | None = None) -> int:
+        """Load other weights of the same model, between two steps of whatever runs; returns their version.
+
+        Args:
+            checkpoint: a folder with safetensors files.
+            version: one more than the current one by default.
+
+        Raises:
+            InvalidInputError: there are no weights, or the version is the current one.
+            Exception: what vLLM says of weights that do not fit.
+
+        """
+        return self._driver.wait(self._engine.change_weights(version, checkpoint), "the weights to be loaded")
+
+    def declare_weights(self, version: int | None = None) -> int:
+        """Say that you have changed the weights yourself, by vLLM's weight transfer for one; see `load_weights`."""
+        return self._driver.wait(self._engine.change_weights(version, None), "the new version")
+
     def counters(self) -> dict[str, Any]:
-        """The scheduler's counters since start: rounds, cuts, cut members, kept tokens, free blocks, queues."""
+        """The scheduler's counters: rounds, cuts, cut members, kept tokens, free blocks, queues, parked KV."""
         return self._driver.wait(self._driver.call_later(_counters), "the scheduler's counters")
 
     def close(self) -> None:
         """Stop the engine. Safe to call twice."""
-        self._driver.close()
-
-
-class RoundStream:
-    """Trajectories of one round in the order in which they finish; `round` is there after the last one.
-
-    An exception, `close()`, or dropping the stream before its end cancels the rest of the round.
-    """
-
-    def __init__(
-        self, driver: EngineDriver, run: RoundRun, on_progress: Callable[[RoundProgress], None] | None
-    ) -> None:
-        self._driver = driver
-        self._run = run
-        self._on_progress = on_progress
-        self._next_progress = time.monotonic()
-        self._asked: Future[dict[str, Any]] | None = None
-        self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        self._round: Round | None = None
-        run.submit(self._items.put)
-
-    @property
-    def round(self) -> Round:
-        """The whole round.
-
-        Raises:
-            RuntimeError: the stream was not read to its end.
-
-        """
-        return _finished(self._round)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Trajectory:
-        try:
-            if self._run.num_pending:
-                return self._run.take(self._wait())
-            if self._round is None:
-                self._round = self._driver.wait(self._run.finish(), "the round's numbers")
-        except BaseException:
-            self.close()
-            raise
-        raise StopIteration
-
-    def close(self) -> None:
-        """Cancel what is still running. Safe to call at any time."""
-        self._run.cancel()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _wait(self) -> Item:
-        while True:
-            self._report_progress()
-            try:
-                return self._items.get(timeout=_POLL_S)
-            except queue.Empty:
-                self._driver.check_stall()
-
-    def _report_progress(self) -> None:
-        if self._on_progress is None:
-            return
-        if self._asked is None:
-            if time.monotonic() >= self._next_progress:
-                self._next_progress = time.monotonic() + _PROGRESS_S
-                self._asked = self._run.progress()
-        elif self._asked.done():
-            asked, self._asked = self._asked, None
-            self._on_progress(as_progress(asked.result()))
+        self._engine.close()
 
 
 class AsyncRolloutEngine:
@@ -220,17 +284,18 @@ class AsyncRolloutEngine:
     Start it with `async with AsyncRolloutEngine(config) as engine`, so that the model loads off the event loop.
     """
 
-    def __init__(self, config: EngineConfig | str) -> None:
+    def __init__(self, config: EngineConfig | str, hooks: HookPoints | None = None) -> None:
         self.config = EngineConfig(model=config) if isinstance(config, str) else config
-        self._driver: EngineDriver | None = None
+        self._hooks = hooks
+        self._started: _Engine | None = None
 
     async def __aenter__(self) -> Self:
         is_left = threading.Event()
 
         def start() -> None:
-            self._driver = EngineDriver(self.config)
+            self._started = _Engine(self.config, self._hooks)
             if is_left.is_set():
-                self._driver.close()
+                self._started.close()
 
         try:
             await asyncio.to_thread(start)
@@ -245,118 +310,96 @@ class AsyncRolloutEngine:
     ) -> None:
         await self.close()
 
+    @property
+    def weight_version(self) -> int:
+        """See `RolloutEngine.weight_version`."""
+        return self._engine.driver.weight_version
+
     async def rollout(
         self,
-        prompts: Sequence[Any],
+        prompts: Any,
         *,
         group_size: int = 1,
         target_groups: int | None = None,
         over_provision: float | None = None,
         sampling: SamplingConfig = SamplingConfig(),
         round_id: str | None = None,
+        carry: bool = True,
     ) -> Round:
         """See `RolloutEngine.rollout`."""
-        stream = self.stream(
+        stream = self.stream_trajectories(
             prompts,
             group_size=group_size,
             target_groups=target_groups,
             over_provision=over_provision,
             sampling=sampling,
             round_id=round_id,
+            carry=carry,
         )
         async for _ in stream:
             pass
         return stream.round
 
-    def stream(
+    def stream_trajectories(
         self,
-        prompts: Sequence[Any],
+        prompts: Any,
         *,
         group_size: int = 1,
         target_groups: int | None = None,
         over_provision: float | None = None,
         sampling: SamplingConfig = SamplingConfig(),
         round_id: str | None = None,
+        carry: bool = True,
     ) -> AsyncRoundStream:
-        """See `RolloutEngine.stream`; `async for` over the result."""
-        driver = self._started_driver()
-        run = RoundRun(
-            driver,
+        """See `RolloutEngine.stream_trajectories`; `async for` over the result."""
+        engine = self._engine
+        run = engine.run(
             prompts,
             group_size=group_size,
             target_groups=target_groups,
             over_provision=over_provision,
             sampling=sampling,
             round_id=round_id,
+            carry=carry,
         )
-        return AsyncRoundStream(driver, run)
+        return AsyncRoundStream(engine.driver, run)
+
+    def stream(
+        self,
+        prompts: Any,
+        *,
+        group_size: int = 1,
+        num_groups: int = 64,
+        sampling: SamplingConfig = SamplingConfig(),
+    ) -> AsyncGroupStream:
+        """See `RolloutEngine.stream`; `async for` over the result."""
+        engine = self._engine
+        run = engine.stream(prompts, group_size=group_size, num_groups=num_groups, sampling=sampling)
+        return AsyncGroupStream(engine.driver, run)
+
+    async def load_weights(self, checkpoint: str | os.PathLike[str], version: int | None = None) -> int:
+        """See `RolloutEngine.load_weights`."""
+        return await asyncio.wrap_future(self._engine.change_weights(version, checkpoint))
+
+    async def declare_weights(self, version: int | None = None) -> int:
+        """See `RolloutEngine.declare_weights`."""
+        return await asyncio.wrap_future(self._engine.change_weights(version, None))
 
     async def counters(self) -> dict[str, Any]:
         """See `RolloutEngine.counters`."""
-        return await asyncio.wrap_future(self._started_driver().call_later(_counters))
+        return await asyncio.wrap_future(self._engine.driver.call_later(_counters))
 
     async def close(self) -> None:
         """Stop the engine. Safe to call twice."""
-        if self._driver is not None:
-            await asyncio.to_thread(self._driver.close)
-
-    def _started_driver(self) -> EngineDriver:
-        if self._driver is None:
-            raise RuntimeError("use it as `async with AsyncRolloutEngine(config) as engine`")
-        return self._driver
-
-
-class AsyncRoundStream:
-    """See `RoundStream`."""
-
-    def __init__(self, driver: EngineDriver, run: RoundRun) -> None:
-        self._driver = driver
-        self._run = run
-        self._round: Round | None = None
-        self._items: asyncio.Queue[Item] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        run.submit(lambda item: loop.call_soon_threadsafe(self._items.put_nowait, item))
+        if self._started is not None:
+            await asyncio.to_thread(self._started.close)
 
     @property
-    def round(self) -> Round:
-        """See `RoundStream.round`."""
-        return _finished(self._round)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Trajectory:
-        try:
-            if self._run.num_pending:
-                return self._run.take(await self._wait())
-            if self._round is None:
-                limit = self._driver.config.stall_timeout_s
-                self._round = await asyncio.wait_for(asyncio.wrap_future(self._run.finish()), limit)
-        except BaseException:
-            self.close()
-            raise
-        raise StopAsyncIteration
-
-    def close(self) -> None:
-        """See `RoundStream.close`."""
-        self._run.cancel()
-
-    def __del__(self) -> None:
-        self.close()
-
-    async def _wait(self) -> Item:
-        while True:
-            try:
-                return await asyncio.wait_for(self._items.get(), _POLL_S)
-            except TimeoutError:
-                self._driver.check_stall()
+    def _engine(self) -> _Engine:
+        if self._started is None:
+            raise RuntimeError("use it as `async with AsyncRolloutEngine(config) as engine`")
+        return self._started
 
 
 def _counters(link: CoreLink) -> dict[str, Any]:
     return link.rpc("counters")
-
-
-def _finished(round_: Round | None) -> Round:
-    if round_ is None:
-        raise RuntimeError("the round is there once its stream was read to the end")
-    return round_

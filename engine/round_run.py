@@ -11,7 +11,7 @@ import msgspec
 
 from longtail.engine.config import SamplingConfig
 from longtail.engine.driver import EngineDriver, Sink
-from longtail.engine.errors import EngineDeadError, InvalidInputError
+from longtail.engine.errors import EngineDeadError
 from longtail.engine.rounds import RoundCollector, RoundPlan, plan_round
 from longtail.engine.trajectory import Round, Trajectory
 from longtail.engine.vllm_args import sampling_params
@@ -58,8 +58,6 @@ class RoundRun:
         sampling: SamplingConfig,
         round_id: str | None,
     ) -> None:
-        if not isinstance(sampling, SamplingConfig):
-            raise InvalidInputError("sampling", "a SamplingConfig", sampling)
         self._driver = driver
         self.plan: RoundPlan = plan_round(
             prompts,
@@ -76,26 +74,20 @@ class RoundRun:
         driver.claim_round(self.plan.round_id)
 
     @property
-    def num_pending(self) -> int:
-        """Members without a final output."""
-        return self._collector.num_pending
+    def is_over(self) -> bool:
+        """Every member has its final output."""
+        return not self._collector.num_pending
 
     def submit(self, deliver: Sink) -> None:
         """Hand every member to the engine."""
-        sampling = self.plan.sampling
-        self._driver.submit(
-            [
-                (member.request_id, member.token_ids, sampling_params(sampling, member))
-                for member in self.plan.members()
-            ],
-            deliver,
-        )
+        requests = [(member.request_id, member.token_ids, sampling_params(member)) for member in self.plan.members()]
+        self._driver.submit(requests, deliver)
 
-    def take(self, item: RequestOutput | Exception) -> Trajectory:
+    def take(self, item: RequestOutput | Exception) -> list[Trajectory]:
         """Turn what `deliver` got into a trajectory, or raise it."""
         if isinstance(item, Exception):
             raise item
-        return self._collector.add(item)
+        return [self._collector.add(item)]
 
     def progress(self) -> Future[dict[str, Any]]:
         """Ask the scheduler for the round's numbers."""

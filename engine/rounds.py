@@ -55,6 +55,7 @@ class MemberPlan:
 
     request_id: str
     prompt: TokenPrompt
+    sampling: SamplingConfig
     metadata: RolloutMetadata
     seed: int | None
     max_tokens: int
@@ -89,6 +90,7 @@ class RoundPlan:
                 yield MemberPlan(
                     request_id,
                     prompt,
+                    self.sampling,
                     RolloutMetadata(
                         round=self.round_id,
                         target_groups=self.target_groups,
@@ -129,19 +131,8 @@ def plan_round(
         InvalidInputError: names the argument.
 
     """
-    _check_count("group_size", group_size, MAX_GROUP_SIZE)
-    if sampling.stop and tokenizer is None:
-        raise InvalidInputError("sampling.stop", "no stop strings, because this engine has no tokenizer", sampling.stop)
-    if round_id is None:
-        round_id = uuid.uuid4().hex[:12]
-    elif not isinstance(round_id, str) or not 0 < len(round_id) <= MAX_ID_CHARS:
-        raise InvalidInputError("round_id", f"1 to {MAX_ID_CHARS} characters", round_id)
-    if target_groups is not None:
-        _check_count("target_groups", target_groups, MAX_TARGET_GROUPS)
+    round_id = check_arguments(group_size, target_groups, over_provision, sampling, round_id, tokenizer)
     if over_provision is not None:
-        number = isinstance(over_provision, (int, float)) and not isinstance(over_provision, bool)
-        if not number or not math.isfinite(over_provision) or over_provision < 1:
-            raise InvalidInputError("over_provision", "a finite number >= 1", over_provision)
         if target_groups is None:
             raise InvalidInputError("over_provision", "target_groups with it", over_provision)
         if isinstance(prompts, Sequence):
@@ -157,6 +148,38 @@ def plan_round(
     elif target_groups > len(checked):
         raise InvalidInputError("target_groups", f"at most the {len(checked)} prompts given", target_groups)
     return RoundPlan(round_id, target_groups, group_size, checked, sampling)
+
+
+def check_arguments(
+    group_size: int,
+    target_groups: int | None,
+    over_provision: float | None,
+    sampling: SamplingConfig,
+    round_id: str | None,
+    tokenizer: Tokenizer | None,
+) -> str:
+    """Check what the caller says of a round, prompts aside; the round's id, a random one if it has none.
+
+    Raises:
+        InvalidInputError: names the argument.
+
+    """
+    if not isinstance(sampling, SamplingConfig):
+        raise InvalidInputError("sampling", "a SamplingConfig", sampling)
+    _check_count("group_size", group_size, MAX_GROUP_SIZE)
+    if sampling.stop and tokenizer is None:
+        raise InvalidInputError("sampling.stop", "no stop strings, because this engine has no tokenizer", sampling.stop)
+    if round_id is None:
+        round_id = uuid.uuid4().hex[:12]
+    elif not isinstance(round_id, str) or not 0 < len(round_id) <= MAX_ID_CHARS:
+        raise InvalidInputError("round_id", f"1 to {MAX_ID_CHARS} characters", round_id)
+    if target_groups is not None:
+        _check_count("target_groups", target_groups, MAX_TARGET_GROUPS)
+    if over_provision is not None:
+        number = isinstance(over_provision, (int, float)) and not isinstance(over_provision, bool)
+        if not number or not math.isfinite(over_provision) or over_provision < 1:
+            raise InvalidInputError("over_provision", "a finite number >= 1", over_provision)
+    return round_id
 
 
 def _check_count(name: str, value: object, high: int) -> None:

@@ -190,8 +190,9 @@ class RoundStats(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         num_submitted_groups: always `num_complete_groups + num_cut_groups + num_failed_groups`.
-        num_cut_groups: groups with at least one member that the scheduler stopped.
-        num_failed_groups: groups with a member that ended as `error` or by the caller's abort, and none cut.
+        num_cut_groups: groups with at least one member that the scheduler stopped; carried groups.
+        num_failed_groups: groups with a member that ended as `error` or by the caller's abort, and none cut; filtered
+            groups.
         num_cut_members: trajectories stopped by the cut, never-scheduled ones included.
         num_output_tokens: output tokens of all members; `num_kept_tokens` those of complete groups.
         num_steps: engine steps while the round was open; `idle_slot_steps` sums, over those steps, the batch
@@ -214,13 +215,67 @@ class RoundStats(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
+class CarryStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What carrying groups over did to one round.
+
+    Every group of the round is accounted for: `num_carried_in + num_banked_in + num_fresh` is
+    `num_accepted + num_filtered + num_banked + num_carried`.
+
+    Attributes:
+        version: weight version when the round was returned.
+        num_carried_in: unfinished groups of earlier rounds, whether the round ran them or not; `num_banked_in`
+            complete ones; `num_fresh` groups begun in this round.
+        num_accepted: groups returned. `num_filtered` groups were refused, why is in `filtered_reasons`.
+        num_banked: complete groups kept for the next round. `num_carried` groups go on in it; `num_judging` of them
+            are complete and wait for a hook.
+        num_restarts: groups that began again from their prompt because of the staleness bound.
+        num_resumes: trajectories that went on from a cut; they took up the parked KV of `num_parked_tokens` tokens.
+        num_reprefilled_tokens: tokens that had KV once and were computed again.
+        staleness: tokens of the returned groups by staleness, in versions.
+        num_masked_tokens: of those, tokens beyond the bound, whose loss mask is 0.
+        off_policy_share: share of those tokens with a staleness above 0.
+        mean_accepted_tokens: mean length of the returned trajectories.
+        mean_all_tokens: estimated mean length of all trajectories of the round, counting unfinished ones as longer
+            than they are (Kaplan and Meier 1958, up to the longest length seen); `None` without a finished one.
+        length_bias: the first over the second: below 1, the round returned shorter trajectories than the model makes.
+
+    """
+
+    version: int
+    num_carried_in: int
+    num_banked_in: int
+    num_fresh: int
+    num_accepted: int
+    num_filtered: int
+    num_banked: int
+    num_carried: int
+    num_judging: int
+    num_restarts: int
+    num_resumes: int
+    num_parked_tokens: int
+    num_reprefilled_tokens: int
+    filtered_reasons: dict[str, int]
+    staleness: dict[int, int]
+    num_masked_tokens: int
+    off_policy_share: float
+    mean_accepted_tokens: float | None
+    mean_all_tokens: float | None
+    length_bias: float | None
+
+
 class Round(msgspec.Struct, frozen=True, kw_only=True):
-    """One collection of groups for one training step."""
+    """One collection of groups for one training step.
+
+    A round that carries over has its accepted groups in `groups`, those that were refused in `filtered_groups`, and
+    what that did to it in `carry`.
+    """
 
     round_id: str
     target_groups: int
     groups: list[Group]
     stats: RoundStats
+    filtered_groups: list[Group] = []
+    carry: CarryStats | None = None
 
     @property
     def complete_groups(self) -> list[Group]:

@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longtail.engine.config import EngineConfig, SamplingConfig
+from longtail.engine.config import EngineConfig
 from longtail.engine.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -77,13 +77,14 @@ def build_vllm_config(config: EngineConfig, model_dir: Path) -> VllmConfig:
     return vllm_config
 
 
-def sampling_params(sampling: SamplingConfig, member: MemberPlan) -> SamplingParams:
+def sampling_params(member: MemberPlan) -> SamplingParams:
     """vLLM's sampling parameters of one member: final output only, log-prob of every sampled token."""
     import msgspec
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     from longtail.scheduler.metadata import EXTRA_ARGS_KEY
 
+    sampling = member.sampling
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,

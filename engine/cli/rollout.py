@@ -148,7 +148,7 @@ def _collect(request: RolloutRequest, writer: TrajectoryWriter, verbose: bool) -
             progress.on_tokens(tokens, now.num_running, now.num_waiting)
 
         progress.start(len(request.prompts), settings.group_size, request.target_groups)
-        stream = engine.stream(
+        stream = engine.stream_trajectories(
             request.prompts,
             group_size=settings.group_size,
             target_groups=request.target_groups,

@@ -12,6 +12,8 @@ from typing import Any
 from longtail.engine.patches.entry import Change, Entry, Source
 from longtail.scheduler.metadata import metadata_of
 
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+
 
 def skip_draws(generator: Any, num_tokens: int, sampler: Any, vocab_size: int) -> None:
     """Draw from `generator` what sampling `num_tokens` tokens draws."""
@@ -49,7 +51,9 @@ ENTRY = Entry(
     versions=("0.32.0",),
     where="everywhere",
     changes=(
-        Change("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_states", _make_update_states, "30f2118a61616d93"),
+        Change(
+            "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_states", _make_update_states, "30f2118a61616d93"
+        ),
     ),
     relies_on=(
         Source("vllm.v1.sample.ops.topk_topp_sampler", "TopKTopPSampler.forward_cpu", "f8dc272b56372000"),

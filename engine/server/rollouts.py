@@ -135,7 +135,7 @@ class RolloutService:
             self._engine.input_processor.process_inputs(
                 member.request_id,
                 prompt,
-                sampling_params(plan.sampling, member),
+                sampling_params(member),
                 supported_tasks=await self._engine.get_supported_tasks(),
             )
         except (VLLMClientError, ValueError) as error:

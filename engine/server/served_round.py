@@ -120,7 +120,7 @@ class ServedRound:
         members = self._plan.members()
         while batch := list(itertools.islice(members, _SUBMIT_BATCH)):
             for member in batch:
-                params = sampling_params(self._plan.sampling, member)
+                params = sampling_params(member)
                 task = asyncio.create_task(self._run_member(member, params))
                 self._members.add(task)
                 task.add_done_callback(self._members.discard)

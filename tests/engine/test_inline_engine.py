@@ -52,7 +52,7 @@ def test_asyncio_over_an_inline_core(tiny_config: EngineConfig, reference: Round
             both = await asyncio.gather(*(engine.rollout(**cut_round_arguments()) for _ in range(2)))
             for got in both:
                 check_cut(got, reference)
-            stream = engine.stream([Prompt(token_ids=[5], max_tokens=n) for n in (30, 4)], sampling=GREEDY)
+            stream = engine.stream_trajectories([Prompt(token_ids=[5], max_tokens=n) for n in (30, 4)], sampling=GREEDY)
             assert [len(trajectory.output_token_ids) async for trajectory in stream] == [4, 30]
             assert stream.round.stats.num_complete_groups == 2
             with pytest.raises(InvalidInputError):
@@ -66,7 +66,7 @@ def test_asyncio_over_an_inline_core(tiny_config: EngineConfig, reference: Round
                     left += 1
             check_cut(await running, reference)
             assert left, "the test must leave before an answer"
-            async for _ in engine.stream([Prompt(token_ids=[5], max_tokens=n) for n in (3, 900)], sampling=GREEDY):
+            async for _ in engine.stream_trajectories([Prompt(token_ids=[5], max_tokens=n) for n in (3, 900)], sampling=GREEDY):
                 break
             async with asyncio.timeout(20):
                 while (await engine.counters())["live_members"]:
@@ -87,7 +87,7 @@ def test_asyncio_over_a_core_process(engine: RolloutEngine, reference: Round) ->
 
 def test_asyncio_facade_must_be_entered() -> None:
     with pytest.raises(RuntimeError, match="async with"):
-        AsyncRolloutEngine("smollm2").stream([[3]])
+        AsyncRolloutEngine("smollm2").stream_trajectories([[3]])
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_round_is_cut_at_its_target(engine: RolloutEngine) -> None:
 
 def test_trajectories_stream_in_the_order_in_which_they_finish(engine: RolloutEngine) -> None:
     prompts, sampling = fixed_lengths([[40], [5], [20]])
-    stream = engine.stream(prompts, sampling=sampling)
+    stream = engine.stream_trajectories(prompts, sampling=sampling)
     assert [len(trajectory.output_token_ids) for trajectory in stream] == [5, 20, 40]
     assert stream.round.stats.num_complete_groups == 3
 
@@ -142,7 +142,7 @@ def test_trajectories_stream_in_the_order_in_which_they_finish(engine: RolloutEn
 def test_leaving_a_stream_early_stops_the_round(engine: RolloutEngine) -> None:
     prompts, sampling = fixed_lengths([[3], [900], [900]])
     free = engine.counters()["free_blocks"]
-    for _ in engine.stream(prompts, sampling=sampling):
+    for _ in engine.stream_trajectories(prompts, sampling=sampling):
         break
     deadline = time.monotonic() + 20
     while engine.counters()["live_members"]:
@@ -185,7 +185,7 @@ def test_wrong_call_is_refused_and_the_engine_goes_on(engine: RolloutEngine, arg
 
 def test_id_of_a_running_round_is_refused_and_free_again_afterwards(engine: RolloutEngine) -> None:
     prompts, sampling = fixed_lengths([[60]])
-    first = engine.stream(prompts, sampling=sampling, round_id="twice")
+    first = engine.stream_trajectories(prompts, sampling=sampling, round_id="twice")
     with pytest.raises(InvalidInputError, match="round_id"):
         engine.rollout(prompts, sampling=sampling, round_id="twice")
     assert [len(t.output_token_ids) for t in first] == [60]
@@ -194,7 +194,7 @@ def test_id_of_a_running_round_is_refused_and_free_again_afterwards(engine: Roll
 
 def test_round_id_of_a_cancelled_round_is_free_again(engine: RolloutEngine) -> None:
     prompts, sampling = fixed_lengths([[3], [900]])
-    stream = engine.stream(prompts, sampling=sampling, round_id="cancelled")
+    stream = engine.stream_trajectories(prompts, sampling=sampling, round_id="cancelled")
     next(stream)
     stream.close()
     stream.close()
@@ -204,7 +204,7 @@ def test_round_id_of_a_cancelled_round_is_free_again(engine: RolloutEngine) -> N
 def test_a_round_gets_nothing_of_a_cancelled_one_that_was_called_the_same(engine: RolloutEngine) -> None:
     prompts, sampling = fixed_lengths([[3], [300], [300]])
     expected = [trajectory.output_token_ids for trajectory in engine.rollout(prompts, sampling=sampling).trajectories]
-    stream = engine.stream(prompts, sampling=sampling, round_id="again")
+    stream = engine.stream_trajectories(prompts, sampling=sampling, round_id="again")
     next(stream)
     stream.close()
     again = engine.rollout(prompts, sampling=sampling, round_id="again")
@@ -215,7 +215,7 @@ def test_a_round_gets_nothing_of_a_cancelled_one_that_was_called_the_same(engine
 def test_killed_core_is_a_typed_error_within_seconds(tiny_config: EngineConfig) -> None:
     prompts, sampling = fixed_lengths([[5], [900], [900]])
     with RolloutEngine(tiny_config) as victim:
-        stream = victim.stream(prompts, sampling=sampling)
+        stream = victim.stream_trajectories(prompts, sampling=sampling)
         assert len(next(stream).output_token_ids) == 5
         for pid in victim.core_pids:
             os.kill(pid, signal.SIGKILL)

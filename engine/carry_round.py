@@ -1,0 +1,335 @@
+"""One round over a `GroupStore`, as a state machine without threads, clocks or an engine.
+
+It says whom to submit and whom to stop, takes what ended, and decides what becomes of each group: carried, banked,
+returned, restarted or filtered. `carry_run.py` connects it to an engine and to hooks; the tests drive it with a real
+scheduler and a faked model.
+
+A *wave* is one round of the scheduler: the members that are submitted together, cut together in the step in which
+enough groups are complete. A round has one wave, unless groups that the scheduler counted are refused afterwards.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import msgspec
+
+from longtail.engine.carry_config import CarryConfig
+from longtail.engine.carry_stats import mean_lengths, off_policy_share, staleness_of
+from longtail.engine.group_state import GroupState, joined, token_spans
+from longtail.engine.group_store import GroupStore
+from longtail.engine.rounds import MemberPlan
+from longtail.engine.trajectory import CarryStats, Group, Trajectory
+from longtail.scheduler.admission import AdmissionPolicy
+from longtail.scheduler.metadata import MAX_TARGET_GROUPS
+from longtail.scheduler.staleness import GroupFate
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What happened in the round."""
+
+    carried_in: int
+    banked_in: int
+    fresh: int = 0
+    resumes: int = 0
+    parked_tokens: int = 0
+    reprefilled_tokens: int = 0
+    output_tokens: int = 0
+    scheduled_tokens: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    restarts: int = 0
+
+
+class CarryRound:
+    """See the module.
+
+    Args:
+        store: holds every group; a round of it is open until `close`.
+        round_id: of this round.
+        target_groups: how many groups it returns; `None` for a stream without an end.
+        config: policies.
+        version: of the weights.
+        is_judged: hooks decide whether a complete group is accepted, so that the scheduler must not count.
+
+    Attributes:
+        filtered: groups refused in this round.
+        unpark: keys of KV that nobody will take up again.
+        abort: requests whose groups begin again or are gone. Who runs the round tells the engine, and empties both.
+
+    """
+
+    def __init__(
+        self,
+        store: GroupStore,
+        *,
+        round_id: str,
+        target_groups: int | None,
+        config: CarryConfig,
+        version: int,
+        is_judged: bool,
+    ) -> None:
+        self.store = store
+        self.round_id = round_id
+        self.target_groups = target_groups
+        self.version = version
+        self.filtered: list[Group] = []
+        self.unpark: list[str] = []
+        self.abort: list[str] = []
+        self._config = config
+        self._bound = config.bound
+        self._admission = AdmissionPolicy(config.admission)
+        self._is_judged = is_judged
+        self._tally = _Tally(len(store.carried), len(store.banked))
+        self.round_no = store.begin_round()
+        #: Members in the engine, by request id.
+        self._running: dict[str, tuple[MemberPlan, int]] = {}
+        self._active: Counter[int] = Counter()
+        #: Complete groups that the hooks have, or are to get.
+        self._judging: set[int] = set()
+        self._num_waves = 0
+        self._wave_id = round_id
+        self._wave_target = MAX_TARGET_GROUPS
+        for group in list(store.groups()):
+            self._check_age(group)
+
+    # ---- what there is to do -----------------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        """Members in the engine."""
+        return len(self._running)
+
+    @property
+    def num_ready(self) -> int:
+        """Complete and accepted groups."""
+        return len(self.store.banked)
+
+    @property
+    def is_full(self) -> bool:
+        """The round has its target."""
+        return self.target_groups is not None and self.num_ready >= self.target_groups
+
+    @property
+    def num_judging(self) -> int:
+        """Complete groups whose verdict is not there."""
+        return len(self._judging)
+
+    @property
+    def num_in_play(self) -> int:
+        """Groups that run, are complete, or wait for a verdict."""
+        return self.num_ready + len(self._active.keys() | self._judging)
+
+    def unjudged(self) -> list[GroupState]:
+        """Complete groups that nobody has judged: their hooks are to be called (again, after a crash)."""
+        groups = [group for group in self.store.carried.values() if group.is_complete]
+        new = [group for group in groups if group.serial not in self._judging]
+        self._judging.update(group.serial for group in new)
+        return new
+
+    def add_fresh(self, groups: Sequence[GroupState], cursor: int) -> None:
+        """Take fresh groups in."""
+        if groups:
+            self.store.submit(groups, cursor)
+            self._tally.fresh += len(groups)
+
+    def waiting(self) -> list[GroupState]:
+        """Carried groups that do not run, first to admit first."""
+        held = {
+            serial: group
+            for serial, group in self.store.carried.items()
+            if not self._active[serial] and serial not in self._judging and not group.is_complete
+        }
+        candidates = self._admission.order(group.candidate(self.round_no) for group in held.values())
+        return [held[candidate.serial] for candidate in candidates]
+
+    def begin_wave(self) -> str:
+        """Name a round of the scheduler; what `start` submits from now on belongs to it."""
+        self._num_waves += 1
+        self._wave_id = self.round_id if self._num_waves == 1 else f"{self.round_id}~{self._num_waves}"
+        counts = self.target_groups is not None and not self._is_judged
+        self._wave_target = max(1, (self.target_groups or 0) - self.num_ready) if counts else MAX_TARGET_GROUPS
+        return self._wave_id
+
+    def start(self, groups: Sequence[GroupState]) -> list[MemberPlan]:
+        """Let waiting groups run in the current wave; returns the members to submit.
+
+        A member that has no budget left ends as `length` here, without the engine.
+        """
+        plans: list[MemberPlan] = []
+        for group in groups:
+            for index in group.unfinished:
+                if group.num_tokens(index) >= group.budget(index):
+                    self._end_without_budget(group, index)
+            mine = group.plans(
+                self._wave_id, self._wave_target, kv_policy=self._config.kv_policy, park=self._config.park
+            )
+            for plan in mine:
+                self._running[plan.request_id] = (plan, group.serial)
+                self._tally.resumes += plan.prior is not None and bool(plan.prior.output_token_ids)
+            if mine:
+                self._active[group.serial] += len(mine)
+            plans += mine
+        return plans
+
+    def requests(self) -> list[str]:
+        """Ids of the running members."""
+        return list(self._running)
+
+    # ---- what happened -----------------------------------------------------------------------------------------
+
+    def running(self, request_id: str) -> tuple[MemberPlan, int] | None:
+        """The running member of a request with its group's serial; `None` if it was given up meanwhile."""
+        return self._running.get(request_id)
+
+    def end(self, request_id: str, segment: Trajectory, num_computed: int) -> Trajectory:
+        """A running member got its final output; returns the whole trajectory.
+
+        Its group may be complete then: see `complete`.
+        """
+        plan, serial = self._running.pop(request_id)
+        self._leave(serial)
+        whole = segment if plan.prior is None else joined(plan.prior, segment)
+        self._tally.parked_tokens += segment.tokens.parked
+        self._tally.reprefilled_tokens += segment.tokens.recomputed
+        self._tally.scheduled_tokens += segment.tokens.scheduled
+        self._tally.output_tokens += len(segment.output_token_ids)
+        if not whole.ended_by_itself and not whole.was_cut:
+            self._filter(self.store.carried[serial], f"{whole.finish_reason}: {whole.stop_reason}")
+            self._give_up({serial})
+            return whole
+        self.store.end_member(serial, plan.index, whole, num_computed)
+        return whole
+
+    def replace_member(self, serial: int, index: int, member: Trajectory) -> None:
+        """A hook has changed a finished member."""
+        group = self.store.carried.get(serial)
+        if group is not None:
+            self.store.end_member(serial, index, member, group.num_computed[index])
+
+    def complete(self) -> list[GroupState]:
+        """Groups that became complete: the hooks are to be called where there are any, else they are banked."""
+        done = self.unjudged()
+        if self._is_judged:
+            return done
+        for group in done:
+            self.judge(group.serial, [member for member in group.members if member is not None], None)
+        return []
+
+    def judge(self, serial: int, members: Sequence[Trajectory], rejected: str | None) -> None:
+        """The verdict on a complete group."""
+        self._judging.discard(serial)
+        group = self.store.carried.get(serial)
+        if group is None or not group.is_complete:
+            return
+        if rejected is not None:
+            self._filter(group, rejected)
+        elif self._check_age(group):
+            self.store.bank(serial, members)
+
+    def change_version(self, version: int) -> None:
+        """The weights changed while the round runs."""
+        self.version = version
+        self._give_up({group.serial for group in list(self.store.groups()) if not self._check_age(group)})
+
+    # ---- its end -----------------------------------------------------------------------------------------------
+
+    def ready(self, limit: int | None = None) -> dict[int, Group]:
+        """Banked groups as a caller gets them, first banked first, tokens beyond the bound masked."""
+        return {serial: self._returned(group) for serial, group in islice(self.store.banked.items(), limit)}
+
+    def stats(self, returned: Sequence[Group]) -> CarryStats:
+        """The numbers of the round when it returns these groups, which are still banked."""
+        tally, totals = self._tally, self.store
+        trajectories = [t for group in returned for t in group.trajectories]
+        staleness = staleness_of(trajectories, self.version)
+        every = [member for group in totals.groups() for member in group.members]
+        mean_accepted, mean_all = mean_lengths(trajectories, every)
+        return CarryStats(
+            version=self.version,
+            num_carried_in=tally.carried_in,
+            num_banked_in=tally.banked_in,
+            num_fresh=tally.fresh,
+            num_accepted=len(returned),
+            num_filtered=len(self.filtered),
+            num_banked=len(totals.banked) - len(returned),
+            num_carried=len(totals.carried),
+            num_judging=len(self._judging),
+            num_restarts=tally.restarts,
+            num_resumes=tally.resumes,
+            num_parked_tokens=tally.parked_tokens,
+            num_reprefilled_tokens=tally.reprefilled_tokens,
+            filtered_reasons=dict(tally.reasons),
+            staleness=dict(sorted(staleness.items())),
+            num_masked_tokens=sum(
+                source and not loss
+                for t in trajectories
+                for source, loss in zip(t.source_mask, t.loss_mask, strict=True)
+            ),
+            off_policy_share=off_policy_share(staleness),
+            mean_accepted_tokens=mean_accepted,
+            mean_all_tokens=mean_all,
+            length_bias=mean_accepted / mean_all if mean_accepted is not None and mean_all else None,
+        )
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled in this round."""
+        return self._tally.output_tokens
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        """Tokens that went through the model for members that ended or were cut in this round."""
+        return self._tally.scheduled_tokens
+
+    # ---- parts -------------------------------------------------------------------------------------------------
+
+    def _check_age(self, group: GroupState) -> bool:
+        """Apply the staleness bound to a group; false if it restarts or is gone."""
+        fate = self._bound.fate((version for version, _, _ in group.token_spans()), self.version)
+        if fate is GroupFate.RESTART:
+            self.unpark += group.park_keys()
+            self._judging.discard(group.serial)
+            self.store.restart(group.serial)
+            self._tally.restarts += 1
+        elif fate is GroupFate.DROP:
+            self._filter(group, "stale")
+        return fate is GroupFate.KEEP
+
+    def _filter(self, group: GroupState, reason: str) -> None:
+        self.unpark += group.park_keys()
+        self._judging.discard(group.serial)
+        self.filtered.append(group.group(self.round_id, rejected=reason))
+        self._tally.reasons[reason.split(":")[0]] += 1
+        self.store.filter(group.serial, reason)
+
+    def _end_without_budget(self, group: GroupState, index: int) -> None:
+        member = group.members[index]
+        assert member is not None
+        ended = msgspec.structs.replace(member, finish_reason="length", stop_reason=None)
+        self.store.end_member(group.serial, index, ended, group.num_computed[index])
+
+    def _give_up(self, serials: set[int]) -> None:
+        """Forget the running members of these groups."""
+        requests = [request_id for request_id, (_, serial) in self._running.items() if serial in serials]
+        for request_id in requests:
+            del self._running[request_id]
+        for serial in serials:
+            self._active.pop(serial, None)
+        self.abort += requests
+
+    def _leave(self, serial: int) -> None:
+        self._active[serial] -= 1
+        if not self._active[serial]:
+            del self._active[serial]
+
+    def _returned(self, group: GroupState) -> Group:
+        whole = group.group(self.round_id)
+        members = [
+            msgspec.structs.replace(t, loss_mask=self._bound.mask(t.loss_mask, token_spans(t), self.version))
+            for t in whole.trajectories
+        ]
+        return msgspec.structs.replace(whole, trajectories=members)

@@ -1,0 +1,451 @@
+"""Connects rounds that carry over to an engine, to hooks, and to whoever waits for their trajectories.
+
+`CarryBook` is what an engine keeps between rounds; `CarryRun` is one round, or one stream without rounds. A run lives
+in the thread of its caller: what the engine and the hooks have to say comes as items of one queue, taken one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from longtail.engine.carry_config import CarryConfig
+from longtail.engine.carry_round import CarryRound
+from longtail.engine.config import MAX_SEED, SamplingConfig
+from longtail.engine.driver import EngineDriver
+from longtail.engine.errors import EngineDeadError, InvalidInputError
+from longtail.engine.group_state import GroupState
+from longtail.engine.group_store import GroupStore
+from longtail.engine.hook_points import HookPoints, Verdict
+from longtail.engine.judging import HookAnswer, Inbox, Judging
+from longtail.engine.prompt_source import PromptSource
+from longtail.engine.prompts import Prompt, as_prompt, tokenize_prompts
+from longtail.engine.resumed_text import whole_text
+from longtail.engine.rounds import MemberPlan, check_arguments, segment_of
+from longtail.engine.trajectory import Group, Round, RoundStats, Trajectory
+from longtail.engine.vllm_args import sampling_params
+from longtail.scheduler.admission import AdaptiveOverProvision, FixedOverProvision, OverProvision, RoundOutcome
+from longtail.scheduler.metadata import report_of
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+
+    from longtail.engine.core_link import CoreLink
+
+#: How many groups a stream has in flight, unless told.
+_STREAM_GROUPS = 64
+_MAX_ID_CHARS = 160
+
+
+@dataclass(frozen=True, slots=True)
+class VersionChanged:
+    """The engine has new weights."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """Fresh prompts, when the hooks are done with them."""
+
+    prompts: list[Future[Prompt]]
+    first: int
+    source: PromptSource
+
+
+class CarryBook:
+    """What an engine that carries groups over keeps between its rounds.
+
+    Raises:
+        JournalError: the journal can't be used.
+
+    """
+
+    def __init__(self, config: CarryConfig, hooks: HookPoints | None) -> None:
+        self.config = config
+        self.hooks = hooks
+        self.inbox = Inbox()
+        self.store = GroupStore(config.journal)
+        self.judging = None if hooks is None else Judging(hooks, self.inbox)
+        self.adaptive = None if config.target_carried is None else AdaptiveOverProvision(config.target_carried)
+        self.leftover: list[Any] = []
+        self.is_busy = False
+
+    def close(self) -> None:
+        """Give up the journal."""
+        self.store.close()
+
+
+class CarryRun:
+    """One round over a book, or (`target_groups=None`) a stream of groups.
+
+    Raises:
+        InvalidInputError: an argument is wrong, or another round of the book runs; nothing was submitted.
+
+    """
+
+    def __init__(
+        self,
+        driver: EngineDriver,
+        book: CarryBook,
+        prompts: Any,
+        *,
+        group_size: int,
+        target_groups: int | None,
+        over_provision: float | None,
+        sampling: SamplingConfig,
+        round_id: str | None,
+        num_groups: int = _STREAM_GROUPS,
+    ) -> None:
+        engine = driver.engine
+        self.round_id = check_arguments(group_size, target_groups, over_provision, sampling, round_id, engine.tokenizer)
+        if len(self.round_id) > _MAX_ID_CHARS:
+            raise InvalidInputError("round_id", f"at most {_MAX_ID_CHARS} characters", round_id)
+        if over_provision is not None and book.adaptive is not None:
+            raise InvalidInputError("over_provision", "nothing, because carry.target_carried decides", over_provision)
+        if book.is_busy:
+            raise InvalidInputError("rollout", "one carrying round at a time", "a second")
+        self._driver = driver
+        self._book = book
+        self._group_size = group_size
+        self._sampling = sampling
+        self._target_groups = target_groups
+        policy: OverProvision = book.adaptive or FixedOverProvision(over_provision or 1.0)
+        self._policy = policy
+        self._num_groups = num_groups if target_groups is None else policy.num_groups(target_groups)
+        self._source = PromptSource(
+            prompts, book.store.totals.cursor, book.leftover, is_durable=book.config.journal is not None
+        )
+        self._recovered = None if target_groups is None else book.store.recovered()
+        self._started = time.monotonic()
+        self._waves: list[str] = []
+        self._wave_is_open = False
+        self._prepared: dict[int, _Prepared] = {}
+        self._num_preparing = 0
+        self._num_preemptions = 0
+        self._has_ended = False
+        driver.claim_round(self.round_id)
+        book.is_busy = True
+
+    # ---- run ---------------------------------------------------------------------------------------------------
+
+    def submit(self, deliver: Callable[[Any], object]) -> None:
+        """Begin: judge what is old, take what is banked, let groups run. Items go to `deliver` from now on."""
+        try:
+            self._begin(deliver)
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _begin(self, deliver: Callable[[Any], object]) -> None:
+        self._deliver = deliver
+        if self._recovered is not None:
+            return
+        self._round = CarryRound(
+            self._book.store,
+            round_id=self.round_id,
+            target_groups=self._target_groups,
+            config=self._book.config,
+            version=self._driver.weight_version,
+            is_judged=self._book.hooks is not None,
+        )
+        self._judge(self._round.complete())
+        self._book.inbox.attach(deliver)
+        self._advance()
+        if self._target_groups is not None and not self._round.num_in_play and not self._num_preparing:
+            raise InvalidInputError("prompts", f"a prompt at position {self._source.cursor}", "no more prompts")
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is to be waited for: the round has its target, or nothing more can come."""
+        if self._recovered is not None:
+            return True
+        if self._round.num_running:
+            return False
+        if self._round.is_full:
+            return True
+        return not (self._round.num_judging or self._num_preparing)
+
+    def take(self, item: Any) -> list[Trajectory]:
+        """Take one item; returns trajectories that have just ended by themselves.
+
+        Raises:
+            Exception: what ended the round.
+
+        """
+        ended: list[Trajectory] = []
+        match item:
+            case Exception():
+                raise item
+            case HookAnswer():
+                self._take_answer(item)
+            case VersionChanged(version):
+                self._round.change_version(version)
+            case _Prepared():
+                self._take_prepared(item)
+            case _:
+                ended = self._take_output(item)
+        self._judge(self._round.complete())
+        self._advance()
+        return ended
+
+    def ready_groups(self) -> dict[int, Group]:
+        """Groups that a stream may give to its caller, on the disk by now."""
+        ready = self._round.ready()
+        if ready:
+            self._book.store.flush()
+        return ready
+
+    def taken(self, serial: int) -> None:
+        """A stream's caller has a group."""
+        self._book.store.take(serial)
+
+    def progress(self) -> Future[dict[str, Any]]:
+        """Ask the scheduler for the numbers of the current wave."""
+        wave = self._waves[-1]
+        return self._driver.call_later(lambda link: link.rpc("round", round=wave))
+
+    def finish(self) -> Future[Round]:
+        """Once it is over: the round, on the disk if there is a journal."""
+        return self._driver.call_later(self._finish)
+
+    @property
+    def is_stopping(self) -> bool:
+        """`stop` was called, and some of its members have not come back yet."""
+        return self._num_groups == 0 and self._round.num_running > 0
+
+    def stop(self) -> None:
+        """Let no group run any more: members in the engine are cut and come back, to be carried with their tokens."""
+        self._num_groups = 0
+        self._close_wave()
+
+    def end(self) -> None:
+        """A stream that was stopped is over; nothing of it is left in the scheduler."""
+        if not self._has_ended:
+            with contextlib.suppress(EngineDeadError):
+                self._driver.call_later(self._forget_waves)
+            self._book.store.flush()
+            self._end()
+
+    def cancel(self) -> None:
+        """Stop the round unless it ended. Its groups are carried, with the tokens that were delivered."""
+        if self._has_ended:
+            return
+
+        def stop(link: CoreLink) -> None:
+            for wave in self._waves:
+                with contextlib.suppress(InvalidInputError):
+                    link.rpc("close_round", round=wave)
+            self._driver.abandon(requests)
+            self._forget_waves(link)
+
+        requests = self._round.requests() if self._waves else []
+        if self._waves:
+            with contextlib.suppress(EngineDeadError):
+                self._driver.call_later(stop)
+        self._end()
+
+    # ---- parts -------------------------------------------------------------------------------------------------
+
+    def _take_output(self, output: RequestOutput) -> list[Trajectory]:
+        found = self._round.running(output.request_id)
+        if found is None:
+            return []
+        plan, serial = found
+        segment = segment_of(plan, output)
+        report = report_of(output.kv_transfer_params)
+        if plan.prior is not None and segment.ended_by_itself:
+            segment = self._with_whole_text(plan, segment)
+        whole = self._round.end(output.request_id, segment, 0 if report is None else report.num_computed_tokens)
+        self._num_preemptions += segment.tokens.preemptions
+        if whole.was_cut:
+            self._wave_is_open = False
+        if not whole.ended_by_itself:
+            return []
+        if self._book.judging is not None and (group := self._book.store.carried.get(serial)) is not None:
+            self._book.judging.see_member(group, plan.index)
+        return [whole]
+
+    def _take_answer(self, answer: HookAnswer) -> None:
+        assert self._book.judging is not None
+        said = self._book.judging.take(answer)
+        serial, attempt = answer.key
+        group = self._book.store.carried.get(serial)
+        if group is None or group.num_restarts != attempt:
+            return
+        if isinstance(said, Verdict):
+            self._round.judge(serial, said.group.trajectories, said.rejected)
+        elif answer.index is not None:
+            self._round.replace_member(serial, answer.index, said)
+
+    def _judge(self, groups: Sequence[GroupState]) -> None:
+        for group in groups:
+            assert self._book.judging is not None
+            self._book.judging.see_group(group, self.round_id)
+
+    def _advance(self) -> None:
+        """Give up what the bound refused, let groups run as far as there is room, or stop a round that is full."""
+        self._drop_refused()
+        if self._round.is_full:
+            self._close_wave()
+            return
+        missing = self._num_groups - self._round.num_in_play - self._num_preparing
+        if missing <= 0 or (self._waves and not self._wave_is_open and self._round.num_running):
+            return
+        self._start(self._round.waiting()[:missing])
+        missing = self._num_groups - self._round.num_in_play - self._num_preparing
+        first = self._source.cursor
+        if missing > 0 and (drawn := self._source.draw(missing)):
+            self._prepare(drawn, first)
+
+    def _close_wave(self) -> None:
+        if self._wave_is_open:
+            self._wave_is_open = False
+            wave = self._waves[-1]
+            self._driver.call_later(lambda link: link.rpc("close_round", round=wave))
+
+    def _prepare(self, drawn: list[Any], first: int) -> None:
+        """Take fresh prompts through the hooks, and in."""
+        hooks = self._book.hooks
+        if hooks is None:
+            self._add_fresh(drawn, first)
+            return
+        prompts = [hooks.prepare(as_prompt(value, f"prompts[{i}]")) for i, value in enumerate(drawn, start=first)]
+        prepared = _Prepared(prompts, first, self._source)
+        self._num_preparing += len(prompts)
+        num_left, lock = len(prompts), Lock()
+
+        def one_done(_: Future[Prompt]) -> None:
+            nonlocal num_left
+            with lock:
+                num_left -= 1
+                is_last = num_left == 0
+            if is_last:
+                self._book.inbox.post(prepared)
+
+        for future in prompts:
+            future.add_done_callback(one_done)
+
+    def _take_prepared(self, item: _Prepared) -> None:
+        """Prompts go in in the order in which they were drawn, so that the position is right after a crash."""
+        if item.source is not self._source:
+            return  # an earlier run's: they were drawn again
+        self._prepared[item.first] = item
+        while (ready := self._prepared.pop(self._book.store.totals.cursor, None)) is not None:
+            self._num_preparing -= len(ready.prompts)
+            self._add_fresh([prompt.result() for prompt in ready.prompts], ready.first)
+
+    def _add_fresh(self, drawn: Sequence[Any], first: int) -> None:
+        engine = self._driver.engine
+        checked = tokenize_prompts(drawn, self._group_size, engine.tokenizer, engine.limits, first=first)
+        serial = self._book.store.totals.num_submitted
+        groups = [
+            GroupState.new(serial + i, self._round.round_no, self.round_id, prompt, self._group_size, self._sampling)
+            for i, prompt in enumerate(checked)
+        ]
+        for group in groups:
+            if group.seed is not None and group.seed + self._group_size > MAX_SEED:
+                raise InvalidInputError("sampling.seed", f"room for {self._group_size} seeds", group.seed)
+        self._round.add_fresh(groups, first + len(groups))
+        self._source.submitted(len(groups))
+        if not self._round.is_full:
+            self._start(groups)
+
+    def _start(self, groups: Sequence[GroupState]) -> None:
+        if not groups:
+            return
+        if not self._wave_is_open:
+            self._waves.append(self._round.begin_wave())
+            self._wave_is_open = True
+        plans = self._round.start(groups)
+        requests = [(plan.request_id, plan.token_ids, sampling_params(plan)) for plan in plans]
+        self._driver.submit(requests, self._deliver)
+        self._judge(self._round.complete())
+
+    def _with_whole_text(self, plan: MemberPlan, segment: Trajectory) -> Trajectory:
+        tokenizer = self._driver.engine.tokenizer
+        if tokenizer is None or plan.prior is None:
+            return segment
+        token_ids = plan.prior.output_token_ids + segment.output_token_ids
+        text = whole_text(tokenizer, plan, token_ids, sampling_params(plan), segment.finish_reason)
+        return msgspec.structs.replace(segment, text=text or None)
+
+    def _drop_refused(self) -> None:
+        """Tell the engine what the round gave up."""
+        requests, keys = self._round.abort, self._round.unpark
+        if not requests and not keys:
+            return
+        self._round.abort, self._round.unpark = [], []
+
+        def drop(link: CoreLink) -> None:
+            self._driver.abandon(requests)
+            link.rpc("unpark", keys=keys)
+
+        self._driver.call_later(drop)
+
+    def _finish(self, link: CoreLink) -> Round:
+        if self._recovered is not None:
+            self._end()
+            return self._recovered
+        self._drop_refused()
+        counts = self._forget_waves(link)
+        ready = self._round.ready(self._target_groups)
+        groups = list(ready.values())
+        carry = self._round.stats(groups)
+        round_ = Round(
+            round_id=self.round_id,
+            target_groups=self._target_groups or len(groups),
+            groups=groups,
+            filtered_groups=self._round.filtered,
+            carry=carry,
+            stats=RoundStats(
+                num_submitted_groups=carry.num_carried_in + carry.num_banked_in + carry.num_fresh,
+                num_complete_groups=carry.num_accepted + carry.num_banked,
+                num_cut_groups=carry.num_carried,
+                num_failed_groups=carry.num_filtered,
+                num_cut_members=sum(count["num_cut_members"] for count in counts),
+                num_output_tokens=self._round.num_output_tokens,
+                num_kept_tokens=sum(len(t.output_token_ids) for group in groups for t in group.trajectories),
+                num_scheduled_tokens=self._round.num_scheduled_tokens,
+                num_recomputed_tokens=carry.num_reprefilled_tokens,
+                num_steps=sum(count["num_steps"] for count in counts),
+                idle_slot_steps=sum(count["idle_slot_steps"] for count in counts),
+                peak_running=max((count["peak_running"] for count in counts), default=0),
+                seconds=time.monotonic() - self._started,
+            ),
+        )
+        self._book.store.end_round(round_, list(ready))
+        self._policy.observe(
+            RoundOutcome(
+                num_started=self._num_groups,
+                num_accepted=carry.num_accepted,
+                num_filtered=carry.num_filtered,
+                num_banked=carry.num_banked,
+                num_preemptions=self._num_preemptions,
+                peak_kv_usage=max((count["peak_kv_usage"] for count in counts), default=0.0),
+            )
+        )
+        self._end()
+        return round_
+
+    def _forget_waves(self, link: CoreLink) -> list[dict[str, Any]]:
+        """The scheduler's numbers of every wave that had a member."""
+        counts = []
+        for wave in self._waves:
+            with contextlib.suppress(InvalidInputError):
+                counts.append(link.rpc("forget_round", round=wave))
+        return counts
+
+    def _end(self) -> None:
+        self._has_ended = True
+        self._book.inbox.detach()
+        self._book.leftover = self._source.unsubmitted
+        self._book.is_busy = False
+        self._driver.release_round(self.round_id)

@@ -1,0 +1,58 @@
+"""The numbers of a round that carries over: staleness of its tokens, and the length bias of what it returned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+
+from longtail.engine.group_state import token_spans
+from longtail.engine.trajectory import Trajectory
+from longtail.scheduler.staleness import histogram
+
+
+def staleness_of(trajectories: Iterable[Trajectory], version: int) -> Counter[int]:
+    """Tokens by staleness under weights of `version`."""
+    counts: Counter[int] = Counter()
+    for trajectory in trajectories:
+        counts.update(histogram(token_spans(trajectory), version))
+    return counts
+
+
+def off_policy_share(staleness: Counter[int]) -> float:
+    """Share of the tokens that are older than the weights; 0 without tokens."""
+    total = staleness.total()
+    return 1 - staleness[0] / total if total else 0.0
+
+
+def mean_length(lengths: Sequence[int], is_finished: Sequence[bool]) -> float | None:
+    """Estimated mean length when some trajectories are unfinished, so that only a lower bound of theirs is known.
+
+    The area under the estimate of Kaplan and Meier ("Nonparametric estimation from incomplete observations", 1958),
+    up to the longest length seen. Averaging the lengths as they are would call every unfinished trajectory a short
+    one. `None` when nothing finished.
+    """
+    if not any(is_finished):
+        return None
+    num_at_risk = len(lengths)
+    alive, area, last = 1.0, 0.0, 0
+    ended: Counter[int] = Counter()
+    left: Counter[int] = Counter()
+    for length, finished in zip(lengths, is_finished, strict=True):
+        (ended if finished else left)[length] += 1
+    for length in sorted(ended.keys() | left.keys()):
+        area += alive * (length - last)
+        last = length
+        if num_at_risk:
+            alive *= 1 - ended[length] / num_at_risk
+        num_at_risk -= ended[length] + left[length]
+    return area
+
+
+def mean_lengths(
+    returned: Sequence[Trajectory], every: Sequence[Trajectory | None]
+) -> tuple[float | None, float | None]:
+    """Mean length of the returned trajectories, and the estimated mean of all; members that never ran are `None`."""
+    of_returned = fmean(len(t.output_token_ids) for t in returned) if returned else None
+    lengths = [0 if t is None else len(t.output_token_ids) for t in every]
+    return of_returned, mean_length(lengths, [t is not None and t.ended_by_itself for t in every])

@@ -1,0 +1,303 @@
+"""All groups that were submitted and not returned yet, and what must survive a crash of them.
+
+A group is in exactly one place: *carried* (it runs or will go on), *banked* (complete, accepted by the hooks, not
+returned), *returned* (in a round whose receipt is not known) or counted as accepted or filtered. Every change is a
+record that is in the journal, if there is one, before it is made here; reading the records again gives the same store.
+
+Records that may be lost are written with the next that may not, or a second later: a trajectory whose end is lost in a
+crash runs again. What `flush`, `submit` and `end_round` return from is on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from longtail.engine.errors import InvalidInputError
+from longtail.engine.group_state import GroupState
+from longtail.engine.journal import Journal, JournalError
+from longtail.engine.trajectory import Round, Trajectory
+
+_FLUSH_INTERVAL_S = 1.0
+#: Below this a journal is not worth compacting.
+_MIN_COMPACT_BYTES = 1 << 22
+_GROWTH = 3
+
+
+class _Record(msgspec.Struct, tag=True, frozen=True):
+    """One change of the store."""
+
+
+class _Submitted(_Record, frozen=True):
+    groups: list[GroupState]
+    cursor: int
+
+
+class _MemberEnded(_Record, frozen=True):
+    serial: int
+    index: int
+    member: Trajectory
+    num_computed: int
+
+
+class _Restarted(_Record, frozen=True):
+    serial: int
+
+
+class _Filtered(_Record, frozen=True):
+    serial: int
+    reason: str
+
+
+class _Banked(_Record, frozen=True):
+    serial: int
+    members: list[Trajectory]
+
+
+class _RoundBegan(_Record, frozen=True):
+    round_no: int
+
+
+class _RoundEnded(_Record, frozen=True):
+    round: Round
+    serials: list[int]
+
+
+class _Taken(_Record, frozen=True):
+    serial: int
+
+
+class _State(_Record, frozen=True):
+    """First record of a compacted journal; the groups follow, one record each."""
+
+    totals: StoreTotals
+    returned: Round | None
+
+
+class _Held(_Record, frozen=True):
+    group: GroupState
+    is_banked: bool
+
+
+class StoreTotals(msgspec.Struct):
+    """Counts since the store began.
+
+    Attributes:
+        cursor: prompts taken from the caller's.
+        num_rounds: rounds begun.
+        num_submitted: groups; always `num_accepted + num_filtered` and those that are carried and banked.
+        num_restarts: groups begun again from the prompt.
+
+    """
+
+    cursor: int = 0
+    num_rounds: int = 0
+    num_submitted: int = 0
+    num_accepted: int = 0
+    num_filtered: int = 0
+    num_restarts: int = 0
+
+
+class GroupStore:
+    """See the module. Instances are not thread-safe.
+
+    Args:
+        path: of the journal; `None` keeps everything in memory.
+
+    Attributes:
+        carried: by serial, oldest first.
+        banked: by serial, first banked first.
+        returned: the last round, until its receipt is known.
+        num_torn_bytes: what a crash had left unfinished at the end of the journal.
+
+    Raises:
+        JournalError: the file is another's, in use, or holds what this version can't read.
+
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.carried: dict[int, GroupState] = {}
+        self.banked: dict[int, GroupState] = {}
+        self.returned: Round | None = None
+        self.totals = StoreTotals()
+        self._unwritten: list[bytes] = []
+        self._written_at = time.monotonic()
+        self._journal = None if path is None else Journal(path)
+        self._is_recovered = False
+        self.num_torn_bytes = 0
+        if self._journal is not None:
+            self.num_torn_bytes = self._journal.num_torn_bytes
+            self._replay(self._journal)
+            self._compacted_bytes = self._journal.num_bytes
+            self._is_recovered = self.returned is not None
+
+    def recovered(self) -> Round | None:
+        """The round that was complete when the last process died, perhaps before its caller had it; given once."""
+        is_recovered, self._is_recovered = self._is_recovered, False
+        return self.returned if is_recovered else None
+
+    def close(self) -> None:
+        """Write what is left, and give up the journal."""
+        if self._journal is not None:
+            try:
+                self.flush()
+            finally:
+                self._journal.close()
+
+    def groups(self) -> Iterator[GroupState]:
+        """Every group that is here, banked ones first."""
+        yield from self.banked.values()
+        yield from self.carried.values()
+
+    def check(self) -> None:
+        """Every submitted group is in exactly one place."""
+        totals = self.totals
+        assert not self.carried.keys() & self.banked.keys()
+        held = len(self.carried) + len(self.banked)
+        assert totals.num_submitted == totals.num_accepted + totals.num_filtered + held, (totals, held)
+
+    # ---- changes -----------------------------------------------------------------------------------------------
+
+    def submit(self, groups: Sequence[GroupState], cursor: int) -> None:
+        """Take fresh groups in; on the disk when it returns."""
+        self._commit(_Submitted(list(groups), cursor), durable=True)
+
+    def end_member(self, serial: int, index: int, member: Trajectory, num_computed: int) -> None:
+        """A member of a carried group ended, or was cut."""
+        self._commit(_MemberEnded(serial, index, member, num_computed))
+
+    def restart(self, serial: int) -> None:
+        """A carried or banked group begins again from its prompt."""
+        self._commit(_Restarted(serial))
+
+    def filter(self, serial: int, reason: str) -> None:
+        """A carried or banked group is refused."""
+        self._commit(_Filtered(serial, reason))
+
+    def bank(self, serial: int, members: Sequence[Trajectory]) -> None:
+        """A carried group is complete and accepted; `members` is how the hooks left it."""
+        self._commit(_Banked(serial, list(members)))
+
+    def begin_round(self) -> int:
+        """The next round's number. The last round was received, as its receiver goes on."""
+        self._commit(_RoundBegan(self.totals.num_rounds + 1))
+        return self.totals.num_rounds
+
+    def end_round(self, round_: Round, serials: Sequence[int]) -> None:
+        """A round takes banked groups; on the disk when it returns, until the next one begins."""
+        self._commit(_RoundEnded(round_, list(serials)), durable=True)
+        self.check()
+        self._compact_if_large()
+
+    def take(self, serial: int) -> None:
+        """A caller has received a banked group outside a round."""
+        self._commit(_Taken(serial))
+        self._compact_if_large()
+
+    def flush(self) -> None:
+        """Everything is on the disk when it returns.
+
+        Raises:
+            JournalError: it is not; the store is usable, and the next call tries again.
+
+        """
+        if self._journal is not None and self._unwritten:
+            self._journal.append(self._unwritten)
+            self._unwritten = []
+        self._written_at = time.monotonic()
+
+    def _commit(self, record: _Record, *, durable: bool = False) -> None:
+        if self._journal is not None:
+            self._unwritten.append(_encode(record))
+            if durable or time.monotonic() - self._written_at > _FLUSH_INTERVAL_S:
+                try:
+                    self.flush()
+                except JournalError:
+                    if durable:
+                        # It is not made; what may be lost waits for the next try.
+                        self._unwritten.pop()
+                        raise
+        self._apply(record)
+
+    def _apply(self, record: _Record) -> None:
+        match record:
+            case _Submitted(groups, cursor):
+                self.carried |= {group.serial: group for group in groups}
+                self.totals.cursor = cursor
+                self.totals.num_submitted += len(groups)
+            case _MemberEnded(serial, index, member, num_computed):
+                group = self.carried[serial]
+                group.members[index] = member
+                group.num_computed[index] = num_computed
+            case _Restarted(serial):
+                group = self._remove(serial)
+                group.restart()
+                self.carried[serial] = group
+                self.totals.num_restarts += 1
+            case _Filtered(serial, _):
+                self._remove(serial)
+                self.totals.num_filtered += 1
+            case _Banked(serial, members):
+                group = self.carried.pop(serial)
+                group.members = list(members)
+                self.banked[serial] = group
+            case _RoundBegan(round_no):
+                self.totals.num_rounds = round_no
+                self.returned = None
+            case _RoundEnded(round_, serials):
+                for serial in serials:
+                    del self.banked[serial]
+                self.totals.num_accepted += len(serials)
+                self.returned = round_
+            case _Taken(serial):
+                del self.banked[serial]
+                self.totals.num_accepted += 1
+            case _State(totals, returned):
+                self.totals, self.returned = totals, returned
+            case _Held(group, is_banked):
+                (self.banked if is_banked else self.carried)[group.serial] = group
+            case _:
+                raise AssertionError(record)
+
+    def _remove(self, serial: int) -> GroupState:
+        return self.carried.pop(serial) if serial in self.carried else self.banked.pop(serial)
+
+    # ---- the journal -------------------------------------------------------------------------------------------
+
+    def _replay(self, journal: Journal) -> None:
+        for number, payload in enumerate(journal.take()):
+            try:
+                self._apply(_decoder.decode(payload))
+            except (msgspec.DecodeError, KeyError, IndexError) as error:
+                raise JournalError(
+                    journal.path, f"record {number} is not one of a longtail store ({error!r})"
+                ) from error
+        self.check()
+
+    def _compact_if_large(self) -> None:
+        journal = self._journal
+        if journal is None or journal.num_bytes < max(_MIN_COMPACT_BYTES, _GROWTH * self._compacted_bytes):
+            return
+        self.flush()
+        held = [_encode(_Held(group, True)) for group in self.banked.values()]
+        held += [_encode(_Held(group, False)) for group in self.carried.values()]
+        journal.compact([_encode(_State(self.totals, self.returned)), *held])
+        self._compacted_bytes = journal.num_bytes
+
+
+def _encode(record: _Record) -> bytes:
+    try:
+        return _encoder.encode(record)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInputError("metadata", f"plain data, because a journal holds it ({error})", record) from error
+
+
+_Any = (
+    _Submitted | _MemberEnded | _Restarted | _Filtered | _Banked | _RoundBegan | _RoundEnded | _Taken | _State | _Held
+)
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_Any)

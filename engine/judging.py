@@ -1,0 +1,136 @@
+"""Takes finished trajectories and complete groups through the hooks, and brings what they say to who runs the round.
+
+Hooks answer from threads of their own, at any time: also after the round in which their group became complete. Answers
+are items that the current run takes from its queue; without a run they wait in the inbox for the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+from msgspec.structs import replace
+
+from longtail.engine.group_state import GroupState
+from longtail.engine.hook_points import HookPoints, Verdict
+from longtail.engine.trajectory import Group, Trajectory
+
+#: A group in one attempt: serial, number of restarts.
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class HookAnswer:
+    """The hooks are done with a member (`index`), or with a whole group (`None`)."""
+
+    key: Key
+    index: int | None
+    future: Future[Any]
+
+
+@dataclass(slots=True)
+class _Case:
+    """What is known of one group."""
+
+    asked: set[int] = field(default_factory=set)
+    members: dict[int, Trajectory] = field(default_factory=dict)
+    group: Group | None = None
+
+
+class Inbox:
+    """Hands items from any thread to the current run; without one they wait for the next."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._deliver: Callable[[Any], object] | None = None
+        self._waiting: list[Any] = []
+
+    def attach(self, deliver: Callable[[Any], object]) -> None:
+        """From now on items go to `deliver`, first those that wait."""
+        with self._lock:
+            self._deliver = deliver
+            waiting, self._waiting = self._waiting, []
+            for item in waiting:
+                deliver(item)
+
+    def detach(self) -> None:
+        """From now on items wait."""
+        with self._lock:
+            self._deliver = None
+
+    def post_to_run(self, item: Any) -> None:
+        """Hand over an item that only a run needs."""
+        with self._lock:
+            if self._deliver is not None:
+                self._deliver(item)
+
+    def post(self, item: Any) -> None:
+        """Hand over one item."""
+        with self._lock:
+            if self._deliver is None:
+                self._waiting.append(item)
+            else:
+                self._deliver(item)
+
+
+class Judging:
+    """See the module. Its methods run in the thread of the current run."""
+
+    def __init__(self, hooks: HookPoints, inbox: Inbox) -> None:
+        self._hooks = hooks
+        self._inbox = inbox
+        self._cases: dict[Key, _Case] = {}
+
+    def see_member(self, group: GroupState, index: int) -> None:
+        """A member ended by itself."""
+        case = self._cases.setdefault(_key(group), _Case())
+        member = group.members[index]
+        assert member is not None
+        if index not in case.asked:
+            case.asked.add(index)
+            self._ask(self._hooks.finish_trajectory(member), _key(group), index)
+
+    def see_group(self, group: GroupState, round_id: str) -> None:
+        """A group is complete. Members that ended before a crash are shown to the hooks (again) now."""
+        for index in range(group.group_size):
+            self.see_member(group, index)
+        self._cases[_key(group)].group = group.group(round_id)
+        self._judge_if_ready(_key(group))
+
+    def take(self, answer: HookAnswer) -> Trajectory | Verdict:
+        """What an answer says: the member as the hooks left it, or the verdict on the group.
+
+        Raises:
+            Exception: what a hook failed with that is to end the round.
+
+        """
+        if answer.index is None:
+            self._cases.pop(answer.key, None)
+            verdict: Verdict = answer.future.result()
+            return verdict
+        member: Trajectory = answer.future.result()
+        if (case := self._cases.get(answer.key)) is not None:
+            case.members[answer.index] = member
+            self._judge_if_ready(answer.key)
+        return member
+
+    def forget(self, group: GroupState) -> None:
+        """The group begins again, or is gone: answers to come mean nothing."""
+        self._cases.pop(_key(group), None)
+
+    def _judge_if_ready(self, key: Key) -> None:
+        case = self._cases[key]
+        if case.group is None or len(case.members) < len(case.group.trajectories):
+            return
+        group = replace(case.group, trajectories=[case.members[index] for index in sorted(case.members)])
+        self._ask(self._hooks.finish_group(group), key, None)
+
+    def _ask(self, future: Future[Any], key: Key, index: int | None) -> None:
+        future.add_done_callback(lambda done: self._inbox.post(HookAnswer(key, index, done)))
+
+
+def _key(group: GroupState) -> Key:
+    return group.serial, group.num_restarts

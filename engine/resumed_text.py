@@ -1,0 +1,30 @@
+"""The text of a trajectory that was sampled in several requests.
+
+The front end detokenizes each request by itself: a character or a stop string that lies across two of them is in
+neither. So the text is made again from all tokens, by vLLM's incremental detokenizer, as if it had been one request.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from longtail.engine.rounds import MemberPlan
+
+
+def whole_text(tokenizer: Any, plan: MemberPlan, output_token_ids: list[int], params: Any, finish_reason: str) -> str:
+    """Detokenize `output_token_ids`, all that a trajectory has; `params` are vLLM's for its last request."""
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    whole = params.clone()
+    whole.min_tokens = params.min_tokens + plan.metadata.num_prior_tokens
+    source: Any = SimpleNamespace(
+        request_id=plan.request_id, prompt_token_ids=plan.prompt.token_ids, sampling_params=whole
+    )
+    detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, source)
+    # An end token has no text, a stop string is found in the text: vLLM tells the detokenizer of the first only.
+    for position, token_id in enumerate(output_token_ids, start=1):
+        is_end = position == len(output_token_ids) and finish_reason == "stop" and token_id in whole.all_stop_token_ids
+        if detokenizer.update([token_id], is_end) is not None:
+            break
+    return detokenizer.get_next_output_text(True, False)

@@ -1,0 +1,290 @@
+"""What a running round looks like to its caller: an iterator over trajectories, or over groups, blocking or asyncio.
+
+An iterator takes the items that engine and hooks deliver, one by one, in its caller's thread or event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Self
+
+from longtail.engine.carry_run import CarryRun
+from longtail.engine.driver import EngineDriver
+from longtail.engine.round_run import RoundProgress, RoundRun, as_progress
+from longtail.engine.trajectory import Group, Round, Trajectory
+
+_POLL_S = 0.25
+_PROGRESS_S = 0.5
+#: How long a stream that is closed waits for the tokens of its members.
+_CLOSE_TIMEOUT_S = 30.0
+
+
+class RoundStream:
+    """Trajectories of one round in the order in which they finish; `round` is there after the last one.
+
+    Of a round that carries over, only those that ended by themselves. An exception, `close()`, or dropping the stream
+    before its end cancels the rest of the round.
+    """
+
+    def __init__(
+        self,
+        driver: EngineDriver,
+        run: RoundRun | CarryRun,
+        on_progress: Callable[[RoundProgress], None] | None,
+    ) -> None:
+        self._driver = driver
+        self._run = run
+        self._on_progress = on_progress
+        self._next_progress = time.monotonic()
+        self._asked: Future[dict[str, Any]] | None = None
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._ended: deque[Trajectory] = deque()
+        self._round: Round | None = None
+        run.submit(self._items.put)
+
+    @property
+    def round(self) -> Round:
+        """The whole round.
+
+        Raises:
+            RuntimeError: the stream was not read to its end.
+
+        """
+        return _finished(self._round)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Trajectory:
+        try:
+            while not self._ended and not self._run.is_over:
+                self._ended.extend(self._run.take(self._wait()))
+            if self._ended:
+                return self._ended.popleft()
+            if self._round is None:
+                self._round = self._driver.wait(self._run.finish(), "the round's numbers")
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancel what is still running. Safe to call at any time."""
+        self._run.cancel()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_run"):
+            self.close()
+
+    def _wait(self) -> Any:
+        while True:
+            self._report_progress()
+            try:
+                return self._items.get(timeout=_POLL_S)
+            except queue.Empty:
+                self._driver.check_stall()
+
+    def _report_progress(self) -> None:
+        if self._on_progress is None:
+            return
+        if self._asked is None:
+            if time.monotonic() >= self._next_progress:
+                self._next_progress = time.monotonic() + _PROGRESS_S
+                self._asked = self._run.progress()
+        elif self._asked.done():
+            asked, self._asked = self._asked, None
+            self._on_progress(as_progress(asked.result()))
+
+
+class GroupStream:
+    """Groups in the order in which they are complete and accepted, without rounds; ends with the prompts.
+
+    A group counts as received when the next one is asked for: after a crash, one that was not is given again. `close()`
+    cuts what runs, and keeps it for the next round or stream.
+    """
+
+    def __init__(self, driver: EngineDriver, run: CarryRun) -> None:
+        self._driver = driver
+        self._run = run
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._given: int | None = None
+        run.submit(self._items.put)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Group:
+        try:
+            if (group := self._next_ready()) is not None:
+                return group
+            while not self._run.is_over:
+                self._run.take(self._wait())
+                if (group := self._next_ready()) is not None:
+                    return group
+        except BaseException:
+            self._run.cancel()
+            raise
+        self._run.end()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cut what runs, wait until its tokens are here, and keep them. Safe to call twice."""
+        self._run.stop()
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        try:
+            while self._run.is_stopping and time.monotonic() < deadline:
+                self._run.take(self._wait())
+            self._run.end()
+        finally:
+            self._run.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_run"):
+            self._run.cancel()
+
+    def _next_ready(self) -> Group | None:
+        return _next_ready(self)
+
+    def _wait(self) -> Any:
+        while True:
+            try:
+                return self._items.get(timeout=_POLL_S)
+            except queue.Empty:
+                self._driver.check_stall()
+
+
+class AsyncRoundStream:
+    """See `RoundStream`."""
+
+    def __init__(self, driver: EngineDriver, run: RoundRun | CarryRun) -> None:
+        self._run = run
+        self._driver = driver
+        self._round: Round | None = None
+        self._items = _AsyncItems(driver)
+        self._ended: deque[Trajectory] = deque()
+        run.submit(self._items.put)
+
+    @property
+    def round(self) -> Round:
+        """See `RoundStream.round`."""
+        return _finished(self._round)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Trajectory:
+        try:
+            while not self._ended and not self._run.is_over:
+                self._ended.extend(self._run.take(await self._items.get()))
+            if self._ended:
+                return self._ended.popleft()
+            if self._round is None:
+                limit = self._driver.config.stall_timeout_s
+                self._round = await asyncio.wait_for(asyncio.wrap_future(self._run.finish()), limit)
+        except BaseException:
+            self.close()
+            raise
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """See `RoundStream.close`."""
+        self._run.cancel()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_run"):
+            self.close()
+
+
+class AsyncGroupStream:
+    """See `GroupStream`; `async with` it, or `await aclose()`, to keep what runs when you stop early."""
+
+    def __init__(self, driver: EngineDriver, run: CarryRun) -> None:
+        self._run = run
+        self._items = _AsyncItems(driver)
+        self._given: int | None = None
+        run.submit(self._items.put)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Group:
+        try:
+            if (group := _next_ready(self)) is not None:
+                return group
+            while not self._run.is_over:
+                self._run.take(await self._items.get())
+                if (group := _next_ready(self)) is not None:
+                    return group
+        except BaseException:
+            self._run.cancel()
+            raise
+        self._run.end()
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """See `GroupStream.close`."""
+        self._run.stop()
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                while self._run.is_stopping:
+                    self._run.take(await self._items.get())
+            self._run.end()
+        finally:
+            self._run.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_run"):
+            self._run.cancel()
+
+
+class _AsyncItems:
+    """Items of other threads for one event loop."""
+
+    def __init__(self, driver: EngineDriver) -> None:
+        self._driver = driver
+        self._loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[Any] = asyncio.Queue()
+
+    def put(self, item: Any) -> None:
+        self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+
+    async def get(self) -> Any:
+        while True:
+            try:
+                return await asyncio.wait_for(self._items.get(), _POLL_S)
+            except TimeoutError:
+                self._driver.check_stall()
+
+
+def _next_ready(stream: GroupStream | AsyncGroupStream) -> Group | None:
+    """The next group to give; the one before is received now."""
+    if stream._given is not None:
+        stream._run.taken(stream._given)
+        stream._given = None
+    for serial, group in stream._run.ready_groups().items():
+        stream._given = serial
+        return group
+    return None
+
+
+def _finished(round_: Round | None) -> Round:
+    if round_ is None:
+        raise RuntimeError("the round is there once its stream was read to the end")
+    return round_
