@@ -107,7 +107,7 @@ class RolloutMixin(_Base):
     ) -> dict[int, EngineCoreOutputs]:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._members:
-            self._book.note_step(len(scheduler_output.num_scheduled_tokens))
+            self._book.note_step(len(scheduler_output.num_scheduled_tokens), self.kv_cache_manager.usage)
             self._end_members(outputs)
         if self._answers:
             answers, self._answers = self._answers, []

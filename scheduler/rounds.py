@@ -51,6 +51,7 @@ class RoundCounts:
     num_steps: int
     idle_slot_steps: int
     peak_running: int
+    peak_kv_usage: float
 
 
 @dataclass(slots=True)
@@ -88,6 +89,7 @@ class _Round:
     num_steps: int = 0
     idle_slot_steps: int = 0
     peak_running: int = 0
+    peak_kv_usage: float = 0.0
 
     def counts(self) -> RoundCounts:
         return RoundCounts(
@@ -101,6 +103,7 @@ class _Round:
             num_steps=self.num_steps,
             idle_slot_steps=self.idle_slot_steps,
             peak_running=self.peak_running,
+            peak_kv_usage=self.peak_kv_usage,
         )
 
 
@@ -203,12 +206,16 @@ class RoundBook:
         """When the first member of a known round arrived."""
         return self._known(round_id).opened_ts
 
-    def note_step(self, num_running: int) -> None:
-        """Account one engine step, with that many requests in the batch, to every round that has live members."""
+    def note_step(self, num_running: int, kv_usage: float = 0.0) -> None:
+        """Account one engine step to every round that has live members.
+
+        `num_running` requests were in the batch, and running requests hold `kv_usage` (0 to 1) of the KV pool.
+        """
         if self._live:
             self.totals.steps += 1
         for entry in self._live.values():
             entry.num_steps += 1
+            entry.peak_kv_usage = max(entry.peak_kv_usage, kv_usage)
             idle = entry.peak_running - num_running
             if idle < 0:
                 entry.peak_running = num_running

@@ -8,7 +8,7 @@ it completes, and when the weights change while it runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -76,6 +76,12 @@ class StalenessBound:
                     masked = list(loss_mask)
                 masked[start:end] = [0] * (end - start)
         return masked
+
+    def num_masked(self, tokens_by_staleness: Mapping[int, int]) -> int:
+        """How many of these tokens are masked."""
+        if self.max_staleness is None or self.action != "mask":
+            return 0
+        return sum(count for age, count in tokens_by_staleness.items() if age > self.max_staleness)
 
 
 def histogram(spans: Iterable[Span], current: int) -> Counter[int]:
