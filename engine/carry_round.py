@@ -40,6 +40,7 @@ class _Tally:
     reprefilled_tokens: int = 0
     output_tokens: int = 0
     scheduled_tokens: int = 0
+    preemptions: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     restarts: int = 0
 
@@ -196,6 +197,7 @@ class CarryRound:
         self._tally.parked_tokens += segment.tokens.parked
         self._tally.reprefilled_tokens += segment.tokens.recomputed
         self._tally.scheduled_tokens += segment.tokens.scheduled
+        self._tally.preemptions += segment.tokens.preemptions
         self._tally.output_tokens += len(segment.output_token_ids)
         if not whole.ended_by_itself and not whole.was_cut:
             self._filter(self.store.carried[serial], f"{whole.finish_reason}: {whole.stop_reason}")
@@ -284,6 +286,11 @@ class CarryRound:
     def num_scheduled_tokens(self) -> int:
         """Tokens that went through the model for members that ended or were cut in this round."""
         return self._tally.scheduled_tokens
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a running member lost its KV to the pool."""
+        return self._tally.preemptions
 
     # ---- parts -------------------------------------------------------------------------------------------------
 

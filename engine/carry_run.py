@@ -11,25 +11,26 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from longtail.engine.carry_config import CarryConfig
 from longtail.engine.carry_round import CarryRound
+from longtail.engine.carry_stats import round_stats
 from longtail.engine.config import MAX_SEED, SamplingConfig
 from longtail.engine.driver import EngineDriver
 from longtail.engine.errors import EngineDeadError, InvalidInputError
+from longtail.engine.fresh_prompts import FreshPrompts, Prepared
 from longtail.engine.group_state import GroupState
 from longtail.engine.group_store import GroupStore
 from longtail.engine.hook_points import HookPoints, Verdict
 from longtail.engine.judging import HookAnswer, Inbox, Judging
 from longtail.engine.prompt_source import PromptSource
-from longtail.engine.prompts import Prompt, as_prompt, tokenize_prompts
+from longtail.engine.prompts import tokenize_prompts
 from longtail.engine.resumed_text import whole_text
 from longtail.engine.rounds import MemberPlan, check_arguments, segment_of
-from longtail.engine.trajectory import Group, Round, RoundStats, Trajectory
+from longtail.engine.trajectory import Group, Round, Trajectory
 from longtail.engine.vllm_args import sampling_params
 from longtail.scheduler.admission import AdaptiveOverProvision, FixedOverProvision, OverProvision, RoundOutcome
 from longtail.scheduler.metadata import report_of
@@ -49,15 +50,6 @@ class VersionChanged:
     """The engine has new weights."""
 
     version: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """Fresh prompts, when the hooks are done with them."""
-
-    prompts: list[Future[Prompt]]
-    first: int
-    source: PromptSource
 
 
 class CarryBook:
@@ -110,6 +102,9 @@ class CarryRun:
             raise InvalidInputError("round_id", f"at most {_MAX_ID_CHARS} characters", round_id)
         if over_provision is not None and book.adaptive is not None:
             raise InvalidInputError("over_provision", "nothing, because carry.target_carried decides", over_provision)
+        if target_groups is None and book.store.recovered is not None:
+            what = "rollout() first, which returns the round that was complete when the last process died"
+            raise InvalidInputError("stream", what, book.store.recovered.round_id)
         if book.is_busy:
             raise InvalidInputError("rollout", "one carrying round at a time", "a second")
         self._driver = driver
@@ -120,16 +115,14 @@ class CarryRun:
         policy: OverProvision = book.adaptive or FixedOverProvision(over_provision or 1.0)
         self._policy = policy
         self._num_groups = num_groups if target_groups is None else policy.num_groups(target_groups)
-        self._source = PromptSource(
+        source = PromptSource(
             prompts, book.store.totals.cursor, book.leftover, is_durable=book.config.journal is not None
         )
-        self._recovered = None if target_groups is None else book.store.recovered()
+        self._fresh = FreshPrompts(source, book.hooks, book.inbox)
+        self._recovered = book.store.recovered
         self._started = time.monotonic()
         self._waves: list[str] = []
         self._wave_is_open = False
-        self._prepared: dict[int, _Prepared] = {}
-        self._num_preparing = 0
-        self._num_preemptions = 0
         self._has_ended = False
         driver.claim_round(self.round_id)
         book.is_busy = True
@@ -159,8 +152,8 @@ class CarryRun:
         self._judge(self._round.complete())
         self._book.inbox.attach(deliver)
         self._advance()
-        if self._target_groups is not None and not self._round.num_in_play and not self._num_preparing:
-            raise InvalidInputError("prompts", f"a prompt at position {self._source.cursor}", "no more prompts")
+        if self._target_groups is not None and not self._round.num_in_play and not self._fresh.num_preparing:
+            raise InvalidInputError("prompts", f"a prompt at position {self._fresh.source.cursor}", "no more prompts")
 
     @property
     def is_over(self) -> bool:
@@ -171,7 +164,7 @@ class CarryRun:
             return False
         if self._round.is_full:
             return True
-        return not (self._round.num_judging or self._num_preparing)
+        return not (self._round.num_judging or self._fresh.num_preparing)
 
     def take(self, item: Any) -> list[Trajectory]:
         """Take one item; returns trajectories that have just ended by themselves.
@@ -188,8 +181,9 @@ class CarryRun:
                 self._take_answer(item)
             case VersionChanged(version):
                 self._round.change_version(version)
-            case _Prepared():
-                self._take_prepared(item)
+            case Prepared():
+                for prompts in self._fresh.take(item, self._book.store.totals.cursor):
+                    self._add_fresh(prompts)
             case _:
                 ended = self._take_output(item)
         self._judge(self._round.complete())
@@ -264,7 +258,6 @@ class CarryRun:
         if plan.prior is not None and segment.ended_by_itself:
             segment = self._with_whole_text(plan, segment)
         whole = self._round.end(output.request_id, segment, 0 if report is None else report.num_computed_tokens)
-        self._num_preemptions += segment.tokens.preemptions
         if whole.was_cut:
             self._wave_is_open = False
         if not whole.ended_by_itself:
@@ -296,14 +289,13 @@ class CarryRun:
         if self._round.is_full:
             self._close_wave()
             return
-        missing = self._num_groups - self._round.num_in_play - self._num_preparing
+        missing = self._num_groups - self._round.num_in_play - self._fresh.num_preparing
         if missing <= 0 or (self._waves and not self._wave_is_open and self._round.num_running):
             return
         self._start(self._round.waiting()[:missing])
-        missing = self._num_groups - self._round.num_in_play - self._num_preparing
-        first = self._source.cursor
-        if missing > 0 and (drawn := self._source.draw(missing)):
-            self._prepare(drawn, first)
+        missing = self._num_groups - self._round.num_in_play - self._fresh.num_preparing
+        if missing > 0:
+            self._add_fresh(self._fresh.draw(missing))
 
     def _close_wave(self) -> None:
         if self._wave_is_open:
@@ -311,41 +303,12 @@ class CarryRun:
             wave = self._waves[-1]
             self._driver.call_later(lambda link: link.rpc("close_round", round=wave))
 
-    def _prepare(self, drawn: list[Any], first: int) -> None:
-        """Take fresh prompts through the hooks, and in."""
-        hooks = self._book.hooks
-        if hooks is None:
-            self._add_fresh(drawn, first)
+    def _add_fresh(self, prompts: Sequence[Any]) -> None:
+        if not prompts:
             return
-        prompts = [hooks.prepare(as_prompt(value, f"prompts[{i}]")) for i, value in enumerate(drawn, start=first)]
-        prepared = _Prepared(prompts, first, self._source)
-        self._num_preparing += len(prompts)
-        num_left, lock = len(prompts), Lock()
-
-        def one_done(_: Future[Prompt]) -> None:
-            nonlocal num_left
-            with lock:
-                num_left -= 1
-                is_last = num_left == 0
-            if is_last:
-                self._book.inbox.post(prepared)
-
-        for future in prompts:
-            future.add_done_callback(one_done)
-
-    def _take_prepared(self, item: _Prepared) -> None:
-        """Prompts go in in the order in which they were drawn, so that the position is right after a crash."""
-        if item.source is not self._source:
-            return  # an earlier run's: they were drawn again
-        self._prepared[item.first] = item
-        while (ready := self._prepared.pop(self._book.store.totals.cursor, None)) is not None:
-            self._num_preparing -= len(ready.prompts)
-            self._add_fresh([prompt.result() for prompt in ready.prompts], ready.first)
-
-    def _add_fresh(self, drawn: Sequence[Any], first: int) -> None:
-        engine = self._driver.engine
-        checked = tokenize_prompts(drawn, self._group_size, engine.tokenizer, engine.limits, first=first)
-        serial = self._book.store.totals.num_submitted
+        engine, totals = self._driver.engine, self._book.store.totals
+        first, serial = totals.cursor, totals.num_submitted
+        checked = tokenize_prompts(prompts, self._group_size, engine.tokenizer, engine.limits, first=first)
         groups = [
             GroupState.new(serial + i, self._round.round_no, self.round_id, prompt, self._group_size, self._sampling)
             for i, prompt in enumerate(checked)
@@ -354,7 +317,7 @@ class CarryRun:
             if group.seed is not None and group.seed + self._group_size > MAX_SEED:
                 raise InvalidInputError("sampling.seed", f"room for {self._group_size} seeds", group.seed)
         self._round.add_fresh(groups, first + len(groups))
-        self._source.submitted(len(groups))
+        self._fresh.source.submitted(len(groups))
         if not self._round.is_full:
             self._start(groups)
 
@@ -392,6 +355,7 @@ class CarryRun:
 
     def _finish(self, link: CoreLink) -> Round:
         if self._recovered is not None:
+            self._book.store.recovered = None
             self._end()
             return self._recovered
         self._drop_refused()
@@ -405,30 +369,16 @@ class CarryRun:
             groups=groups,
             filtered_groups=self._round.filtered,
             carry=carry,
-            stats=RoundStats(
-                num_submitted_groups=carry.num_carried_in + carry.num_banked_in + carry.num_fresh,
-                num_complete_groups=carry.num_accepted + carry.num_banked,
-                num_cut_groups=carry.num_carried,
-                num_failed_groups=carry.num_filtered,
-                num_cut_members=sum(count["num_cut_members"] for count in counts),
-                num_output_tokens=self._round.num_output_tokens,
-                num_kept_tokens=sum(len(t.output_token_ids) for group in groups for t in group.trajectories),
-                num_scheduled_tokens=self._round.num_scheduled_tokens,
-                num_recomputed_tokens=carry.num_reprefilled_tokens,
-                num_steps=sum(count["num_steps"] for count in counts),
-                idle_slot_steps=sum(count["idle_slot_steps"] for count in counts),
-                peak_running=max((count["peak_running"] for count in counts), default=0),
-                seconds=time.monotonic() - self._started,
-            ),
+            stats=round_stats(carry, groups, counts, self._round, time.monotonic() - self._started),
         )
         self._book.store.end_round(round_, list(ready))
         self._policy.observe(
             RoundOutcome(
-                num_started=self._num_groups,
+                num_started=round_.stats.num_submitted_groups,
                 num_accepted=carry.num_accepted,
                 num_filtered=carry.num_filtered,
                 num_banked=carry.num_banked,
-                num_preemptions=self._num_preemptions,
+                num_preemptions=self._round.num_preemptions,
                 peak_kv_usage=max((count["peak_kv_usage"] for count in counts), default=0.0),
             )
         )
@@ -446,6 +396,6 @@ class CarryRun:
     def _end(self) -> None:
         self._has_ended = True
         self._book.inbox.detach()
-        self._book.leftover = self._source.unsubmitted
+        self._book.leftover = self._fresh.source.unsubmitted
         self._book.is_busy = False
         self._driver.release_round(self.round_id)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
+from typing import Any, Protocol
 
 from longtail.engine.group_state import token_spans
-from longtail.engine.trajectory import Trajectory
+from longtail.engine.trajectory import CarryStats, Group, RoundStats, Trajectory
 from longtail.scheduler.staleness import histogram
+
+
+class RoundTokens(Protocol):
+    """Tokens of a round: sampled, and put through the model."""
+
+    @property
+    def num_output_tokens(self) -> int: ...
+
+    @property
+    def num_scheduled_tokens(self) -> int: ...
 
 
 def staleness_of(trajectories: Iterable[Trajectory], version: int) -> Counter[int]:
@@ -56,3 +67,24 @@ def mean_lengths(
     of_returned = fmean(len(t.output_token_ids) for t in returned) if returned else None
     lengths = [0 if t is None else len(t.output_token_ids) for t in every]
     return of_returned, mean_length(lengths, [t is not None and t.ended_by_itself for t in every])
+
+
+def round_stats(
+    carry: CarryStats, groups: Sequence[Group], waves: Sequence[Mapping[str, Any]], tokens: RoundTokens, seconds: float
+) -> RoundStats:
+    """The common numbers of a round; `waves` are the scheduler's of each of its waves."""
+    return RoundStats(
+        num_submitted_groups=carry.num_carried_in + carry.num_banked_in + carry.num_fresh,
+        num_complete_groups=carry.num_accepted + carry.num_banked,
+        num_cut_groups=carry.num_carried,
+        num_failed_groups=carry.num_filtered,
+        num_cut_members=sum(wave["num_cut_members"] for wave in waves),
+        num_output_tokens=tokens.num_output_tokens,
+        num_kept_tokens=sum(len(t.output_token_ids) for group in groups for t in group.trajectories),
+        num_scheduled_tokens=tokens.num_scheduled_tokens,
+        num_recomputed_tokens=carry.num_reprefilled_tokens,
+        num_steps=sum(wave["num_steps"] for wave in waves),
+        idle_slot_steps=sum(wave["idle_slot_steps"] for wave in waves),
+        peak_running=max((wave["peak_running"] for wave in waves), default=0),
+        seconds=seconds,
+    )

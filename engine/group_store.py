@@ -112,6 +112,8 @@ class GroupStore:
         carried: by serial, oldest first.
         banked: by serial, first banked first.
         returned: the last round, until its receipt is known.
+        recovered: the round that was complete when the last process died, perhaps before its caller had it; whoever
+            gives it to the caller sets it to `None`.
         num_torn_bytes: what a crash had left unfinished at the end of the journal.
 
     Raises:
@@ -127,18 +129,13 @@ class GroupStore:
         self._unwritten: list[bytes] = []
         self._written_at = time.monotonic()
         self._journal = None if path is None else Journal(path)
-        self._is_recovered = False
+        self.recovered: Round | None = None
         self.num_torn_bytes = 0
         if self._journal is not None:
             self.num_torn_bytes = self._journal.num_torn_bytes
             self._replay(self._journal)
             self._compacted_bytes = self._journal.num_bytes
-            self._is_recovered = self.returned is not None
-
-    def recovered(self) -> Round | None:
-        """The round that was complete when the last process died, perhaps before its caller had it; given once."""
-        is_recovered, self._is_recovered = self._is_recovered, False
-        return self.returned if is_recovered else None
+            self.recovered = self.returned
 
     def close(self) -> None:
         """Write what is left, and give up the journal."""
