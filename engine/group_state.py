@@ -126,6 +126,7 @@ class GroupState(msgspec.Struct, kw_only=True):
                     kv_policy=kv_policy,
                     num_prior_tokens=self.num_tokens(index),
                     num_computed_tokens=self.num_computed[index],
+                    stop=self.sampling.stop if self.num_tokens(index) else (),
                 ),
                 seed=None if self.seed is None else self.seed + index,
                 max_tokens=self.budget(index) - self.num_tokens(index),

@@ -17,6 +17,7 @@ def whole_text(tokenizer: Any, plan: MemberPlan, output_token_ids: list[int], pa
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
     whole = params.clone()
+    whole.detokenize, whole.stop = True, list(plan.sampling.stop)
     whole.min_tokens = params.min_tokens + plan.metadata.num_prior_tokens
     source: Any = SimpleNamespace(
         request_id=plan.request_id, prompt_token_ids=plan.prompt.token_ids, sampling_params=whole

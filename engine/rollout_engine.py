@@ -96,6 +96,14 @@ class _Engine:
 
         return self.driver.call_later(change)
 
+    def tell_hooks(self, version: int) -> Future[None]:
+        """Call the hooks for new weights."""
+        if self.hooks is not None:
+            return self.hooks.change_weights(version)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
     def close(self) -> None:
         """Stop the engine, then give up the journal."""
         try:
@@ -260,14 +268,18 @@ class RolloutEngine:
 
         Raises:
             InvalidInputError: there are no weights, or the version is the current one.
-            Exception: what vLLM says of weights that do not fit.
+            Exception: what vLLM says of weights that do not fit, or a hook failed with.
 
         """
-        return self._driver.wait(self._engine.change_weights(version, checkpoint), "the weights to be loaded")
+        new = self._driver.wait(self._engine.change_weights(version, checkpoint), "the weights to be loaded")
+        self._driver.wait(self._engine.tell_hooks(new), "the hooks for new weights")
+        return new
 
     def declare_weights(self, version: int | None = None) -> int:
         """Say that you have changed the weights yourself, by vLLM's weight transfer for one; see `load_weights`."""
-        return self._driver.wait(self._engine.change_weights(version, None), "the new version")
+        new = self._driver.wait(self._engine.change_weights(version, None), "the new version")
+        self._driver.wait(self._engine.tell_hooks(new), "the hooks for new weights")
+        return new
 
     def counters(self) -> dict[str, Any]:
         """The scheduler's counters: rounds, cuts, cut members, kept tokens, free blocks, queues, parked KV."""
@@ -379,11 +391,15 @@ class AsyncRolloutEngine:
 
     async def load_weights(self, checkpoint: str | os.PathLike[str], version: int | None = None) -> int:
         """See `RolloutEngine.load_weights`."""
-        return await asyncio.wrap_future(self._engine.change_weights(version, checkpoint))
+        new = await asyncio.wrap_future(self._engine.change_weights(version, checkpoint))
+        await asyncio.wrap_future(self._engine.tell_hooks(new))
+        return new
 
     async def declare_weights(self, version: int | None = None) -> int:
         """See `RolloutEngine.declare_weights`."""
-        return await asyncio.wrap_future(self._engine.change_weights(version, None))
+        new = await asyncio.wrap_future(self._engine.change_weights(version, None))
+        await asyncio.wrap_future(self._engine.tell_hooks(new))
+        return new
 
     async def counters(self) -> dict[str, Any]:
         """See `RolloutEngine.counters`."""

@@ -85,13 +85,15 @@ def sampling_params(member: MemberPlan) -> SamplingParams:
     from longtail.scheduler.metadata import EXTRA_ARGS_KEY
 
     sampling = member.sampling
+    goes_on = member.metadata.num_prior_tokens > 0
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_tokens=member.max_tokens,
         min_tokens=max(0, min(sampling.min_tokens - member.metadata.num_prior_tokens, member.max_tokens)),
-        stop=list(sampling.stop) or None,
+        stop=None if goes_on else list(sampling.stop) or None,
+        detokenize=not goes_on,
         stop_token_ids=list(sampling.stop_token_ids) or None,
         ignore_eos=sampling.ignore_eos,
         seed=member.seed,

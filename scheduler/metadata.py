@@ -43,6 +43,8 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         kv_policy: what a weight change does to its KV: `fresh`, `stale` or `stale_up_to:k`.
         num_prior_tokens: how many tokens at the end of its prompt are output of the same trajectory, sampled before.
         num_computed_tokens: for how many tokens of its prompt there had been KV when it was stopped.
+        stop: stop strings of a trajectory that goes on; the front end, which does not know the text before, would find
+            others.
 
     """
 
@@ -55,6 +57,7 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     kv_policy: str = "fresh"
     num_prior_tokens: int = 0
     num_computed_tokens: int = 0
+    stop: tuple[str, ...] = ()
 
 
 class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +127,8 @@ def parse_metadata(value: object) -> RolloutMetadata:
     for name in ("num_prior_tokens", "num_computed_tokens"):
         if getattr(metadata, name) < 0:
             raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", "an integer >= 0", getattr(metadata, name))
+    if not all(metadata.stop):
+        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.stop", "non-empty strings", metadata.stop)
     KvPolicy.parse(metadata.kv_policy, f"{EXTRA_ARGS_KEY}.kv_policy")
     for name, high in (("target_groups", MAX_TARGET_GROUPS), ("group_size", MAX_GROUP_SIZE)):
         number = getattr(metadata, name)

@@ -86,7 +86,7 @@ class RolloutMixin(_Base):
             return
         self._members[request.request_id] = member
         self._no_token_yet.add(request.request_id)
-        self._stop_strings.watch(request, metadata.num_prior_tokens)
+        self._stop_strings.watch(request, metadata.num_prior_tokens, metadata.stop)
         self._kv.check(member)
         super().add_request(request)
 

@@ -8,8 +8,9 @@ are members of a round and have stop strings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
@@ -31,26 +32,29 @@ class StopStringWatch:
     def __bool__(self) -> bool:
         return bool(self._detokenizers)
 
-    def watch(self, request: Request, num_prior: int = 0) -> None:
-        """Watch `request` if it has stop strings (the front end refuses them without a tokenizer).
+    def watch(self, request: Request, num_prior: int = 0, stop: Sequence[str] = ()) -> None:
+        """Watch `request` for its own stop strings and for `stop`, if there is a tokenizer.
 
         The last `num_prior` tokens of its prompt are output too: a stop string may begin in them.
         """
         params = request.sampling_params
-        if params is None or not params.stop or self._model_config.skip_tokenizer_init:
+        if params is None or not (params.stop or stop) or self._model_config.skip_tokenizer_init:
             return
         if self._tokenizer is None:
             self._tokenizer = cached_tokenizer_from_config(self._model_config)
-        # It reads only these three, which Request has under the same names.
         token_ids = request.prompt_token_ids or []
         num_prompt = len(token_ids) - num_prior
-        if num_prior and params.min_tokens:
+        if num_prior or stop:
             params = params.clone()
+            params.detokenize = True
+            params.stop = [*(params.stop or ()), *stop]
+            # What is there did not stop it, and `min_tokens` is of what is left.
             params.min_tokens += num_prior
-        source = SimpleNamespace(
+        # It reads only these three, which Request has under the same names.
+        source: Any = SimpleNamespace(
             request_id=request.request_id, prompt_token_ids=token_ids[:num_prompt], sampling_params=params
         )
-        detokenizer = IncrementalDetokenizer.from_new_request(self._tokenizer, source)  # type: ignore[arg-type]
+        detokenizer = IncrementalDetokenizer.from_new_request(self._tokenizer, source)
         detokenizer.update(token_ids[num_prompt:], False)
         self._detokenizers[request.request_id] = detokenizer
 

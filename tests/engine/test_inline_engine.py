@@ -66,7 +66,9 @@ def test_asyncio_over_an_inline_core(tiny_config: EngineConfig, reference: Round
                     left += 1
             check_cut(await running, reference)
             assert left, "the test must leave before an answer"
-            async for _ in engine.stream_trajectories([Prompt(token_ids=[5], max_tokens=n) for n in (3, 900)], sampling=GREEDY):
+            async for _ in engine.stream_trajectories(
+                [Prompt(token_ids=[5], max_tokens=n) for n in (3, 900)], sampling=GREEDY
+            ):
                 break
             async with asyncio.timeout(20):
                 while (await engine.counters())["live_members"]:
@@ -79,7 +81,7 @@ def test_asyncio_over_an_inline_core(tiny_config: EngineConfig, reference: Round
 def test_asyncio_over_a_core_process(engine: RolloutEngine, reference: Round) -> None:
     async def scenario() -> None:
         shared = AsyncRolloutEngine(engine.config)
-        shared._driver = engine._driver
+        shared._started = engine._engine
         check_cut(await shared.rollout(**cut_round_arguments()), reference)
 
     asyncio.run(scenario())
@@ -90,21 +92,7 @@ def test_asyncio_facade_must_be_entered() -> None:
         AsyncRolloutEngine("smollm2").stream_trajectories([[3]])
 
 
-@pytest.fixture
-def _forced_async_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU platform sets `async_scheduling = False` unconditionally; put it back afterwards."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    stock = CpuPlatform.check_and_update_config.__func__
-
-    def forced(cls: Any, vllm_config: Any) -> None:
-        stock(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(forced))
-
-
-@pytest.mark.usefixtures("_forced_async_scheduling")
+@pytest.mark.usefixtures("forced_async_scheduling")
 def test_async_scheduling_cuts_the_same_round(tiny_config: EngineConfig, reference: Round) -> None:
     with RolloutEngine(inline(tiny_config)) as engine:
         core = engine._driver.engine.llm_engine.engine_core.engine_core
