@@ -5,10 +5,11 @@ CPU time. Each block of steps runs on every arm, in an order that is shuffled pe
 block.
 
 Arms: `stock` twice (its ratio to itself is the noise), longtail without rollout metadata (`off`: what every plain
-request pays), and longtail with all 1,024 requests in rounds (`on`).
+request pays), longtail with all 1,024 requests in rounds (`on`), and both with 10,000 parked trajectories besides.
 
 Last line: one JSON object with `overhead_ratio` (off / stock, median of paired blocks), `overhead_ratio_on`,
-`noise_ratio` (stock / stock), and the 10th and 90th percentile of each.
+`overhead_ratio_parked` (off, with parked trajectories), `overhead_ratio_parked_on`, `noise_ratio` (stock / stock), and
+the 10th and 90th percentile of each.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ NUM_REQUESTS = 1024
 GROUP_SIZE = 8
 STEPS_PER_BLOCK = 8
 PROMPT_TOKENS = 64
+NUM_PARKED = 10_000
+#: A parked trajectory has prompt and a few tokens: three blocks of 32.
+NUM_BLOCKS = NUM_REQUESTS * 64 + NUM_PARKED * 4
 
 
 def main() -> None:
@@ -48,6 +52,8 @@ def main() -> None:
             "stock again": _filled(Scheduler, model_dir, in_rounds=False),
             "off": _filled(RolloutScheduler, model_dir, in_rounds=False),
             "on": _filled(RolloutScheduler, model_dir, in_rounds=True),
+            "parked": _filled(RolloutScheduler, model_dir, in_rounds=False, num_parked=NUM_PARKED),
+            "parked, on": _filled(RolloutScheduler, model_dir, in_rounds=True, num_parked=NUM_PARKED),
         }
         gc.collect()
         gc.freeze()  # as the engine core does once it is up
@@ -63,9 +69,18 @@ def main() -> None:
                 print(f"block {block + 1}/{num_blocks}", flush=True)
         gc.unfreeze()
         gc.enable()
-    figures: dict[str, Any] = {"num_requests": NUM_REQUESTS, "num_blocks": num_blocks}
+    figures: dict[str, Any] = {"num_requests": NUM_REQUESTS, "num_parked": NUM_PARKED, "num_blocks": num_blocks}
+    for name in ("parked", "parked, on"):
+        left = arms[name].scheduler.rollout_rpc("counters", {})
+        assert (left["parked_trajectories"], left["parked_lost_tokens"]) == (NUM_PARKED, 0)
     print(f"{'arm':<12} {'ms a step':>10} {'ratio':>8} {'p10':>8} {'p90':>8}")
-    for name, key in (("stock again", "noise_ratio"), ("off", "overhead_ratio"), ("on", "overhead_ratio_on")):
+    for name, key in (
+        ("stock again", "noise_ratio"),
+        ("off", "overhead_ratio"),
+        ("on", "overhead_ratio_on"),
+        ("parked", "overhead_ratio_parked"),
+        ("parked, on", "overhead_ratio_parked_on"),
+    ):
         ratios = [ours / stock for ours, stock in zip(seconds[name], seconds["stock"], strict=True)]
         spread = [bench_io.quantile(ratios, 0.1), bench_io.quantile(ratios, 0.9)]
         figures[key] = round(bench_io.median(ratios), 4)
@@ -76,24 +91,43 @@ def main() -> None:
     bench_io.report("scheduler_overhead", figures, flags.json)
 
 
-def _filled(scheduler_cls: Any, model_dir: Path, *, in_rounds: bool) -> SchedulerHarness:
+def _filled(scheduler_cls: Any, model_dir: Path, *, in_rounds: bool, num_parked: int = 0) -> SchedulerHarness:
     """A scheduler with all requests decoding."""
     config = scheduler_harness.make_vllm_config(
         model_dir, max_num_seqs=NUM_REQUESTS, max_num_batched_tokens=NUM_REQUESTS * PROMPT_TOKENS
     )
-    harness = SchedulerHarness(scheduler_cls, config, num_blocks=NUM_REQUESTS * 64)
+    harness = SchedulerHarness(scheduler_cls, config, num_blocks=NUM_BLOCKS)
     rng = random.Random(1)
+    for first in range(0, num_parked, NUM_REQUESTS):
+        _park(harness, rng, first, min(NUM_REQUESTS, num_parked - first))
     for i in range(NUM_REQUESTS):
-        rollout = {
-            "round": "r", "target_groups": NUM_REQUESTS, "group": str(i // GROUP_SIZE),
-            "group_size": GROUP_SIZE, "index": i % GROUP_SIZE,
-        }  # fmt: skip
-        prompt = [rng.randrange(3, 500) for _ in range(PROMPT_TOKENS)]
-        harness.add(f"r{i}", prompt, 1900, rollout if in_rounds else None)
+        harness.add(f"r{i}", _prompt(rng), 1900, _metadata("r", i) if in_rounds else None)
     for _ in range(3):
         scheduled, _ = harness.step()
     assert len(scheduled.num_scheduled_tokens) == NUM_REQUESTS
     return harness
+
+
+def _park(harness: SchedulerHarness, rng: random.Random, first: int, count: int) -> None:
+    """A round that is closed after three steps, with its members parked."""
+    round_id = f"parked{first}"
+    for i in range(first, first + count):
+        harness.add(f"p{i}", _prompt(rng), 1900, _metadata(round_id, i) | {"park": str(i)})
+    for _ in range(3):
+        harness.step()
+    harness.scheduler.rollout_rpc("close_round", {"round": round_id})
+    harness.run()
+
+
+def _metadata(round_id: str, i: int) -> dict[str, Any]:
+    return {
+        "round": round_id, "target_groups": NUM_REQUESTS, "group": str(i // GROUP_SIZE),
+        "group_size": GROUP_SIZE, "index": i % GROUP_SIZE,
+    }  # fmt: skip
+
+
+def _prompt(rng: random.Random) -> list[int]:
+    return [rng.randrange(3, 500) for _ in range(PROMPT_TOKENS)]
 
 
 def _time_block(harness: SchedulerHarness) -> float:

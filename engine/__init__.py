@@ -9,13 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from longtail.engine.carry_config import CarryConfig
     from longtail.engine.config import EngineConfig, RuntimeConfig, SamplingConfig
     from longtail.engine.prompts import Prompt
     from longtail.engine.rollout_engine import AsyncRolloutEngine, RolloutEngine
-    from longtail.engine.trajectory import Group, Round, RoundStats, Trajectory
+    from longtail.engine.trajectory import CarryStats, Group, Round, RoundStats, Trajectory
 
 _HOMES = {
     "AsyncRolloutEngine": "rollout_engine",
+    "CarryConfig": "carry_config",
+    "CarryStats": "trajectory",
     "EngineConfig": "config",
     "Group": "trajectory",
     "Prompt": "prompts",
@@ -29,6 +32,8 @@ _HOMES = {
 
 __all__ = [
     "AsyncRolloutEngine",
+    "CarryConfig",
+    "CarryStats",
     "EngineConfig",
     "Group",
     "Prompt",

@@ -65,7 +65,7 @@ class KvParking:
             num_kept = -(-num_tokens // manager.block_size)
             self._pool.free_blocks(reversed(blocks[num_kept:]))
             kept.append(blocks[:num_kept])
-        token_ids = request.all_token_ids
+        token_ids = request._all_token_ids
         parked = Parked(
             num_tokens=num_tokens,
             num_sequence_tokens=len(token_ids),

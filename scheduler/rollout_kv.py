@@ -74,7 +74,7 @@ class RolloutKv:
         """Forget what is parked for an arriving member if it is of another sequence."""
         if self._parking is not None and member.park is not None:
             parked = self._parking.lot.get(member.park)
-            if parked is not None and not parked.fits(member.request.all_token_ids):
+            if parked is not None and not parked.fits(member.request._all_token_ids):
                 self._parking.forget([member.park])
 
     def park(self, member: Member) -> None:

@@ -100,7 +100,7 @@ def test_engine_options_reach_the_configuration_and_nothing_is_left_out() -> Non
     assert config.runtime == RuntimeConfig(omp_threads=2, allocator="system")
     for name in set(given) - {"engine_seed", "vllm_arg"}:
         assert getattr(config, name) == given[name], name
-    not_options = {"model", "core", "runtime", "vllm_args", "seed", "load_tokenizer"}
+    not_options = {"model", "core", "runtime", "vllm_args", "seed", "load_tokenizer", "weight_version", "carry"}
     assert {field.name for field in fields(EngineConfig)} - not_options == set(given) - {"engine_seed", "vllm_arg"}
 
 

@@ -57,7 +57,7 @@ class FakeEngine:
     def __exit__(self, *_: object) -> None:
         self.closed = True
 
-    def stream(
+    def stream_trajectories(
         self,
         prompts: Sequence[Any],
         *,

@@ -280,9 +280,7 @@ def test_a_missing_entry_names_process_pid_and_entry() -> None:
 def test_an_entry_that_a_process_has_never_heard_of_is_missing() -> None:
     known = states_with("cpu-expand", "applied")
     older = msgspec.structs.replace(known, entries=known.entries[:-1])
-    with pytest.raises(
-        PatchLedgerError, match=r"resumed-seeds is missing in worker 3 .*another version of longtail"
-    ):
+    with pytest.raises(PatchLedgerError, match=r"resumed-seeds is missing in worker 3 .*another version of longtail"):
         ledger.verify([older])
 
 
