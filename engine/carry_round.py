@@ -55,6 +55,7 @@ class CarryRound:
         config: policies.
         version: of the weights.
         is_judged: hooks decide whether a complete group is accepted, so that the scheduler must not count.
+        max_model_len: of the engine, in tokens; a trajectory of this length ends as `length`.
 
     Attributes:
         filtered: groups refused in this round.
@@ -72,6 +73,7 @@ class CarryRound:
         config: CarryConfig,
         version: int,
         is_judged: bool,
+        max_model_len: int | None = None,
     ) -> None:
         self.store = store
         self.round_id = round_id
@@ -84,6 +86,7 @@ class CarryRound:
         self._bound = config.bound
         self._admission = AdmissionPolicy(config.admission)
         self._is_judged = is_judged
+        self._max_model_len = max_model_len
         self._tally = _Tally(len(store.carried), len(store.banked))
         self.round_no = store.begin_round()
         #: Members in the engine, by request id.
@@ -163,7 +166,7 @@ class CarryRound:
         plans: list[MemberPlan] = []
         for group in groups:
             for index in group.unfinished:
-                if group.num_tokens(index) >= group.budget(index):
+                if self._is_spent(group, index):
                     self._end_without_budget(group, index)
             mine = group.plans(
                 self._wave_id, self._wave_target, kv_policy=self._config.kv_policy, park=self._config.park
@@ -312,6 +315,11 @@ class CarryRound:
         self.filtered.append(group.group(self.round_id, rejected=reason))
         self._tally.reasons[reason.split(":")[0]] += 1
         self.store.filter(group.serial, reason)
+
+    def _is_spent(self, group: GroupState, index: int) -> bool:
+        num_tokens = group.num_tokens(index)
+        has_room = self._max_model_len is None or len(group.prompt.token_ids) + num_tokens < self._max_model_len
+        return num_tokens > 0 and (num_tokens >= group.budget(index) or not has_room)
 
     def _end_without_budget(self, group: GroupState, index: int) -> None:
         member = group.members[index]

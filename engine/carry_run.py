@@ -148,7 +148,10 @@ class CarryRun:
             config=self._book.config,
             version=self._driver.weight_version,
             is_judged=self._book.hooks is not None,
+            max_model_len=self._driver.engine.limits.max_model_len,
         )
+        if self._book.judging is not None:
+            self._book.judging.keep_only(self._book.store.carried.values())
         self._judge(self._round.complete())
         self._book.inbox.attach(deliver)
         self._advance()
@@ -209,6 +212,11 @@ class CarryRun:
     def finish(self) -> Future[Round]:
         """Once it is over: the round, on the disk if there is a journal."""
         return self._driver.call_later(self._finish)
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing of it is left: it was finished, ended or cancelled."""
+        return self._has_ended
 
     @property
     def is_stopping(self) -> bool:

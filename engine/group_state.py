@@ -109,8 +109,8 @@ class GroupState(msgspec.Struct, kw_only=True):
         self.num_restarts += 1
 
     def plans(self, wave_id: str, target_groups: int, *, kv_policy: str, park: bool) -> list[MemberPlan]:
-        """What to submit so that the unfinished members with budget left go on."""
-        going_on = [index for index in self.unfinished if self.num_tokens(index) < self.budget(index)]
+        """What to submit so that the unfinished members, all of which have budget left, go on."""
+        going_on = self.unfinished
         return [
             MemberPlan(
                 request_id=f"{wave_id}/{self.serial}/{index}",

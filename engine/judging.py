@@ -6,7 +6,7 @@ are items that the current run takes from its queue; without a run they wait in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Lock
@@ -54,26 +54,33 @@ class Inbox:
             self._deliver = deliver
             waiting, self._waiting = self._waiting, []
             for item in waiting:
-                deliver(item)
+                self._hand_over(item)
 
     def detach(self) -> None:
         """From now on items wait."""
         with self._lock:
             self._deliver = None
 
-    def post_to_run(self, item: Any) -> None:
-        """Hand over an item that only a run needs."""
-        with self._lock:
-            if self._deliver is not None:
-                self._deliver(item)
-
     def post(self, item: Any) -> None:
         """Hand over one item."""
         with self._lock:
-            if self._deliver is None:
-                self._waiting.append(item)
-            else:
+            self._hand_over(item)
+
+    def post_to_run(self, item: Any) -> None:
+        """Hand over an item that means nothing without a run."""
+        with self._lock:
+            if self._deliver is not None:
+                self._hand_over(item)
+
+    def _hand_over(self, item: Any) -> None:
+        if self._deliver is not None:
+            try:
                 self._deliver(item)
+            except RuntimeError:  # an event loop that is closed by now
+                self._deliver = None
+            else:
+                return
+        self._waiting.append(item)
 
 
 class Judging:
@@ -117,9 +124,10 @@ class Judging:
             self._judge_if_ready(answer.key)
         return member
 
-    def forget(self, group: GroupState) -> None:
-        """The group begins again, or is gone: answers to come mean nothing."""
-        self._cases.pop(_key(group), None)
+    def keep_only(self, groups: Iterable[GroupState]) -> None:
+        """Forget every group but these: it began again, or is gone."""
+        keys = {_key(group) for group in groups}
+        self._cases = {key: case for key, case in self._cases.items() if key in keys}
 
     def _judge_if_ready(self, key: Key) -> None:
         case = self._cases[key]

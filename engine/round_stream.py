@@ -119,6 +119,8 @@ class GroupStream:
         return self
 
     def __next__(self) -> Group:
+        if self._run.has_ended:
+            raise StopIteration
         try:
             if (group := self._next_ready()) is not None:
                 return group
@@ -134,6 +136,8 @@ class GroupStream:
 
     def close(self) -> None:
         """Cut what runs, wait until its tokens are here, and keep them. Safe to call twice."""
+        if self._run.has_ended:
+            return
         self._run.stop()
         deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         try:
@@ -219,6 +223,8 @@ class AsyncGroupStream:
         return self
 
     async def __anext__(self) -> Group:
+        if self._run.has_ended:
+            raise StopAsyncIteration
         try:
             if (group := _next_ready(self)) is not None:
                 return group
@@ -234,6 +240,8 @@ class AsyncGroupStream:
 
     async def aclose(self) -> None:
         """See `GroupStream.close`."""
+        if self._run.has_ended:
+            return
         self._run.stop()
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):

@@ -35,13 +35,17 @@ _COUNTERS = (
         "idle_slot_steps",
         "Batch slots that were in use at the peak of a round and empty in a later step, summed over steps.",
     ),
+    ("longtail_parked_members", "parked_total", "Members whose KV was parked at a cut."),
+    ("longtail_parked_lost_tokens", "parked_lost_tokens", "Tokens whose parked KV the pool took back."),
 )
 _GAUGES = (
     ("longtail_live_rounds", "live_rounds", "Rounds with a member that has not ended."),
     ("longtail_live_members", "live_members", "Members of rounds that have not ended."),
     ("longtail_running_requests", "running", "Requests in the batch, members of rounds or not."),
     ("longtail_waiting_requests", "waiting", "Requests in the queue, members of rounds or not."),
-    ("longtail_free_kv_blocks", "free_blocks", "KV blocks that can be allocated, cached ones included."),
+    ("longtail_free_kv_blocks", "free_blocks", "KV blocks that can be allocated, cached and parked ones included."),
+    ("longtail_parked_trajectories", "parked_trajectories", "Trajectories with parked KV."),
+    ("longtail_parked_tokens", "parked_tokens", "Tokens whose parked KV is there."),
 )
 
 
