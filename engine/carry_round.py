@@ -18,8 +18,8 @@ from itertools import islice
 import msgspec
 
 from longtail.engine.carry_config import CarryConfig
-from longtail.engine.carry_stats import mean_lengths, off_policy_share, staleness_of
-from longtail.engine.group_state import GroupState, joined, token_spans
+from longtail.engine.carry_stats import masked_group, mean_lengths, off_policy_share, staleness_of
+from longtail.engine.group_state import GroupState, joined
 from longtail.engine.group_store import GroupStore
 from longtail.engine.rounds import MemberPlan
 from longtail.engine.trajectory import CarryStats, Group, Trajectory
@@ -58,7 +58,7 @@ class CarryRound:
         max_model_len: of the engine, in tokens; a trajectory of this length ends as `length`.
 
     Attributes:
-        filtered: groups refused in this round.
+        filtered: groups refused in this round; a stream without an end only counts them.
         unpark: keys of KV that nobody will take up again.
         abort: requests whose groups begin again or are gone. Who runs the round tells the engine, and empties both.
 
@@ -94,6 +94,8 @@ class CarryRound:
         self._active: Counter[int] = Counter()
         #: Complete groups that the hooks have, or are to get.
         self._judging: set[int] = set()
+        #: Groups that may have become complete.
+        self._changed = set(store.carried)
         self._num_waves = 0
         self._wave_id = round_id
         self._wave_target = MAX_TARGET_GROUPS
@@ -125,14 +127,7 @@ class CarryRound:
     @property
     def num_in_play(self) -> int:
         """Groups that run, are complete, or wait for a verdict."""
-        return self.num_ready + len(self._active.keys() | self._judging)
-
-    def unjudged(self) -> list[GroupState]:
-        """Complete groups that nobody has judged: their hooks are to be called (again, after a crash)."""
-        groups = [group for group in self.store.carried.values() if group.is_complete]
-        new = [group for group in groups if group.serial not in self._judging]
-        self._judging.update(group.serial for group in new)
-        return new
+        return self.num_ready + len(self._active) + len(self._judging)
 
     def add_fresh(self, groups: Sequence[GroupState], cursor: int) -> None:
         """Take fresh groups in."""
@@ -207,6 +202,7 @@ class CarryRound:
             self._give_up({serial})
             return whole
         self.store.end_member(serial, plan.index, whole, num_computed)
+        self._changed.add(serial)
         return whole
 
     def replace_member(self, serial: int, index: int, member: Trajectory) -> None:
@@ -216,8 +212,17 @@ class CarryRound:
             self.store.end_member(serial, index, member, group.num_computed[index])
 
     def complete(self) -> list[GroupState]:
-        """Groups that became complete: the hooks are to be called where there are any, else they are banked."""
-        done = self.unjudged()
+        """Groups that became complete, for the hooks where there are any; else they are banked.
+
+        When the round begins: also those whose verdict an earlier round did not get.
+        """
+        changed, self._changed = self._changed, set()
+        done = [
+            self.store.carried[serial]
+            for serial in sorted(changed & self.store.carried.keys())
+            if serial not in self._judging and self.store.carried[serial].is_complete
+        ]
+        self._judging.update(group.serial for group in done)
         if self._is_judged:
             return done
         for group in done:
@@ -244,7 +249,10 @@ class CarryRound:
 
     def ready(self, limit: int | None = None) -> dict[int, Group]:
         """Banked groups as a caller gets them, first banked first, tokens beyond the bound masked."""
-        return {serial: self._returned(group) for serial, group in islice(self.store.banked.items(), limit)}
+        return {
+            serial: masked_group(group.group(self.round_id), self._bound, self.version)
+            for serial, group in islice(self.store.banked.items(), limit)
+        }
 
     def stats(self, returned: Sequence[Group]) -> CarryStats:
         """The numbers of the round when it returns these groups, which are still banked."""
@@ -259,7 +267,7 @@ class CarryRound:
             num_banked_in=tally.banked_in,
             num_fresh=tally.fresh,
             num_accepted=len(returned),
-            num_filtered=len(self.filtered),
+            num_filtered=tally.reasons.total(),
             num_banked=len(totals.banked) - len(returned),
             num_carried=len(totals.carried),
             num_judging=len(self._judging),
@@ -269,11 +277,7 @@ class CarryRound:
             num_reprefilled_tokens=tally.reprefilled_tokens,
             filtered_reasons=dict(tally.reasons),
             staleness=dict(sorted(staleness.items())),
-            num_masked_tokens=sum(
-                source and not loss
-                for t in trajectories
-                for source, loss in zip(t.source_mask, t.loss_mask, strict=True)
-            ),
+            num_masked_tokens=self._bound.num_masked(staleness),
             off_policy_share=off_policy_share(staleness),
             mean_accepted_tokens=mean_accepted,
             mean_all_tokens=mean_all,
@@ -289,6 +293,11 @@ class CarryRound:
     def num_scheduled_tokens(self) -> int:
         """Tokens that went through the model for members that ended or were cut in this round."""
         return self._tally.scheduled_tokens
+
+    @property
+    def filtered_reasons(self) -> dict[str, int]:
+        """How many groups were refused, by reason."""
+        return dict(self._tally.reasons)
 
     @property
     def num_preemptions(self) -> int:
@@ -312,7 +321,8 @@ class CarryRound:
     def _filter(self, group: GroupState, reason: str) -> None:
         self.unpark += group.park_keys()
         self._judging.discard(group.serial)
-        self.filtered.append(group.group(self.round_id, rejected=reason))
+        if self.target_groups is not None:
+            self.filtered.append(group.group(self.round_id, rejected=reason))
         self._tally.reasons[reason.split(":")[0]] += 1
         self.store.filter(group.serial, reason)
 
@@ -326,6 +336,7 @@ class CarryRound:
         assert member is not None
         ended = msgspec.structs.replace(member, finish_reason="length", stop_reason=None)
         self.store.end_member(group.serial, index, ended, group.num_computed[index])
+        self._changed.add(group.serial)
 
     def _give_up(self, serials: set[int]) -> None:
         """Forget the running members of these groups."""
@@ -340,11 +351,3 @@ class CarryRound:
         self._active[serial] -= 1
         if not self._active[serial]:
             del self._active[serial]
-
-    def _returned(self, group: GroupState) -> Group:
-        whole = group.group(self.round_id)
-        members = [
-            msgspec.structs.replace(t, loss_mask=self._bound.mask(t.loss_mask, token_spans(t), self.version))
-            for t in whole.trajectories
-        ]
-        return msgspec.structs.replace(whole, trajectories=members)

@@ -11,20 +11,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from longtail.engine.carry_config import CarryConfig
 from longtail.engine.carry_round import CarryRound
-from longtail.engine.carry_stats import round_stats
+from longtail.engine.carry_stats import masked_round, round_stats
 from longtail.engine.config import MAX_SEED, SamplingConfig
 from longtail.engine.driver import EngineDriver
 from longtail.engine.errors import EngineDeadError, InvalidInputError
 from longtail.engine.fresh_prompts import FreshPrompts, Prepared
 from longtail.engine.group_state import GroupState
 from longtail.engine.group_store import GroupStore
-from longtail.engine.hook_points import HookPoints, Verdict
+from longtail.engine.hook_points import HookPoints
 from longtail.engine.judging import HookAnswer, Inbox, Judging
 from longtail.engine.prompt_source import PromptSource
 from longtail.engine.prompts import tokenize_prompts
@@ -43,13 +44,13 @@ if TYPE_CHECKING:
 #: How many groups a stream has in flight, unless told.
 _STREAM_GROUPS = 64
 _MAX_ID_CHARS = 160
+#: The scheduler remembers every group of a wave until the wave ends: a stream begins another one now and then.
+_MAX_WAVE_GROUPS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class VersionChanged:
-    """The engine has new weights."""
-
-    version: int
+    """The engine has new weights; `EngineDriver.weight_version` says which."""
 
 
 class CarryBook:
@@ -122,8 +123,10 @@ class CarryRun:
         self._recovered = book.store.recovered
         self._started = time.monotonic()
         self._waves: list[str] = []
+        self._num_in_wave = 0
         self._wave_is_open = False
         self._has_ended = False
+        self._ending = RLock()
         driver.claim_round(self.round_id)
         book.is_busy = True
 
@@ -158,11 +161,14 @@ class CarryRun:
         if self._target_groups is not None and not self._round.num_in_play and not self._fresh.num_preparing:
             raise InvalidInputError("prompts", f"a prompt at position {self._fresh.source.cursor}", "no more prompts")
 
-    @property
-    def is_over(self) -> bool:
-        """Nothing is to be waited for: the round has its target, or nothing more can come."""
+    def settle(self) -> bool:
+        """Take note of the weights' version; whether nothing is to be waited for.
+
+        The round has its target then, or nothing more can come.
+        """
         if self._recovered is not None:
             return True
+        self._note_version()
         if self._round.num_running:
             return False
         if self._round.is_full:
@@ -182,8 +188,8 @@ class CarryRun:
                 raise item
             case HookAnswer():
                 self._take_answer(item)
-            case VersionChanged(version):
-                self._round.change_version(version)
+            case VersionChanged():
+                self._note_version()
             case Prepared():
                 for prompts in self._fresh.take(item, self._book.store.totals.cursor):
                     self._add_fresh(prompts)
@@ -194,24 +200,38 @@ class CarryRun:
         return ended
 
     def ready_groups(self) -> dict[int, Group]:
-        """Groups that a stream may give to its caller, on the disk by now."""
-        ready = self._round.ready()
+        """The next group that a stream may give to its caller, on the disk by now; empty if there is none."""
+        self._note_version()
+        ready = self._round.ready(1)
         if ready:
             self._book.store.flush()
         return ready
 
     def taken(self, serial: int) -> None:
         """A stream's caller has a group."""
-        self._book.store.take(serial)
+        if serial in self._book.store.banked:
+            self._book.store.take(serial)
+            self._advance()
 
-    def progress(self) -> Future[dict[str, Any]]:
-        """Ask the scheduler for the numbers of the current wave."""
+    @property
+    def filtered_reasons(self) -> dict[str, int]:
+        """How many groups were refused so far, by reason."""
+        return self._round.filtered_reasons
+
+    def progress(self) -> Future[dict[str, Any]] | None:
+        """Ask the scheduler for the numbers of the current wave, if there is one."""
+        if not self._waves:
+            return None
         wave = self._waves[-1]
         return self._driver.call_later(lambda link: link.rpc("round", round=wave))
 
-    def finish(self) -> Future[Round]:
-        """Once it is over: the round, on the disk if there is a journal."""
+    def finish(self) -> Future[Round | None]:
+        """Once it is over: the round, on the disk if there is a journal; `None` if new weights came in between."""
         return self._driver.call_later(self._finish)
+
+    def received(self) -> None:
+        """The caller has the round; until then it is the next round's again."""
+        self._book.store.recovered = None
 
     @property
     def has_ended(self) -> bool:
@@ -237,14 +257,12 @@ class CarryRun:
             self._end()
 
     def cancel(self) -> None:
-        """Stop the round unless it ended. Its groups are carried, with the tokens that were delivered."""
+        """Stop the round unless it ended. Its groups are carried, with the tokens that were taken in."""
         if self._has_ended:
             return
 
         def stop(link: CoreLink) -> None:
-            for wave in self._waves:
-                with contextlib.suppress(InvalidInputError):
-                    link.rpc("close_round", round=wave)
+            self._close_waves(link)
             self._driver.abandon(requests)
             self._forget_waves(link)
 
@@ -276,15 +294,15 @@ class CarryRun:
 
     def _take_answer(self, answer: HookAnswer) -> None:
         assert self._book.judging is not None
-        said = self._book.judging.take(answer)
         serial, attempt = answer.key
         group = self._book.store.carried.get(serial)
         if group is None or group.num_restarts != attempt:
             return
-        if isinstance(said, Verdict):
-            self._round.judge(serial, said.group.trajectories, said.rejected)
-        elif answer.index is not None:
-            self._round.replace_member(serial, answer.index, said)
+        members, verdict = self._book.judging.poll(answer.key)
+        for index, member in members.items():
+            self._round.replace_member(serial, index, member)
+        if verdict is not None:
+            self._round.judge(serial, verdict.group.trajectories, verdict.rejected)
 
     def _judge(self, groups: Sequence[GroupState]) -> None:
         for group in groups:
@@ -308,8 +326,7 @@ class CarryRun:
     def _close_wave(self) -> None:
         if self._wave_is_open:
             self._wave_is_open = False
-            wave = self._waves[-1]
-            self._driver.call_later(lambda link: link.rpc("close_round", round=wave))
+            self._driver.call_later(self._close_waves)
 
     def _add_fresh(self, prompts: Sequence[Any]) -> None:
         if not prompts:
@@ -332,9 +349,10 @@ class CarryRun:
     def _start(self, groups: Sequence[GroupState]) -> None:
         if not groups:
             return
-        if not self._wave_is_open:
+        if not self._wave_is_open or self._num_in_wave > _MAX_WAVE_GROUPS:
             self._waves.append(self._round.begin_wave())
-            self._wave_is_open = True
+            self._wave_is_open, self._num_in_wave = True, 0
+        self._num_in_wave += len(groups)
         plans = self._round.start(groups)
         requests = [(plan.request_id, plan.token_ids, sampling_params(plan)) for plan in plans]
         self._driver.submit(requests, self._deliver)
@@ -354,6 +372,8 @@ class CarryRun:
         if not requests and not keys:
             return
         self._round.abort, self._round.unpark = [], []
+        if self._book.judging is not None:
+            self._book.judging.keep_only(self._book.store.carried.values())
 
         def drop(link: CoreLink) -> None:
             self._driver.abandon(requests)
@@ -361,11 +381,24 @@ class CarryRun:
 
         self._driver.call_later(drop)
 
-    def _finish(self, link: CoreLink) -> Round:
-        if self._recovered is not None:
-            self._book.store.recovered = None
-            self._end()
-            return self._recovered
+    def _note_version(self) -> None:
+        version = self._driver.weight_version
+        if version != self._round.version:
+            self._round.change_version(version)
+            self._advance()
+
+    def _finish(self, link: CoreLink) -> Round | None:
+        with self._ending:
+            if self._has_ended:
+                raise RuntimeError("the round was cancelled")
+            if self._recovered is not None:
+                self._end()
+                return masked_round(self._recovered, self._book.config.bound, self._driver.weight_version)
+            if self._driver.weight_version != self._round.version:
+                return None
+            return self._finish_round(link)
+
+    def _finish_round(self, link: CoreLink) -> Round:
         self._drop_refused()
         counts = self._forget_waves(link)
         ready = self._round.ready(self._target_groups)
@@ -393,6 +426,11 @@ class CarryRun:
         self._end()
         return round_
 
+    def _close_waves(self, link: CoreLink) -> None:
+        for wave in self._waves:
+            with contextlib.suppress(InvalidInputError):
+                link.rpc("close_round", round=wave)
+
     def _forget_waves(self, link: CoreLink) -> list[dict[str, Any]]:
         """The scheduler's numbers of every wave that had a member."""
         counts = []
@@ -402,7 +440,10 @@ class CarryRun:
         return counts
 
     def _end(self) -> None:
-        self._has_ended = True
+        with self._ending:
+            if self._has_ended:
+                return
+            self._has_ended = True
         self._book.inbox.detach()
         self._book.leftover = self._fresh.source.unsubmitted
         self._book.is_busy = False

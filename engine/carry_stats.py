@@ -7,9 +7,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Protocol
 
+import msgspec
+
 from longtail.engine.group_state import token_spans
-from longtail.engine.trajectory import CarryStats, Group, RoundStats, Trajectory
-from longtail.scheduler.staleness import histogram
+from longtail.engine.trajectory import CarryStats, Group, Round, RoundStats, Trajectory
+from longtail.scheduler.staleness import StalenessBound, histogram
+
+
+def masked_group(group: Group, bound: StalenessBound, version: int) -> Group:
+    """The group with loss mask 0 for every token that is beyond the bound under weights of `version`."""
+    members = [
+        msgspec.structs.replace(t, loss_mask=bound.mask(t.loss_mask, token_spans(t), version))
+        for t in group.trajectories
+    ]
+    return msgspec.structs.replace(group, trajectories=members)
+
+
+def masked_round(round_: Round, bound: StalenessBound, version: int) -> Round:
+    """A round of an earlier process, masked for the weights of today whatever the bound's action was then."""
+    return msgspec.structs.replace(round_, groups=[masked_group(group, bound, version) for group in round_.groups])
 
 
 class RoundTokens(Protocol):

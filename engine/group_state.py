@@ -111,15 +111,17 @@ class GroupState(msgspec.Struct, kw_only=True):
     def plans(self, wave_id: str, target_groups: int, *, kv_policy: str, park: bool) -> list[MemberPlan]:
         """What to submit so that the unfinished members, all of which have budget left, go on."""
         going_on = self.unfinished
+        # Another group for the scheduler after a restart: the wave may still know the old one.
+        attempt = f"{self.serial}.{self.num_restarts}"
         return [
             MemberPlan(
-                request_id=f"{wave_id}/{self.serial}/{index}",
+                request_id=f"{wave_id}/{attempt}/{index}",
                 prompt=self.prompt,
                 sampling=self.sampling,
                 metadata=RolloutMetadata(
                     round=wave_id,
                     target_groups=target_groups,
-                    group=str(self.serial),
+                    group=attempt,
                     group_size=len(going_on),
                     index=place,
                     park=self.park_key(index) if park else None,

@@ -10,12 +10,14 @@ crash runs again. What `flush`, `submit` and `end_round` return from is on the d
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.group_state import GroupState
@@ -26,6 +28,10 @@ _FLUSH_INTERVAL_S = 1.0
 #: Below this a journal is not worth compacting.
 _MIN_COMPACT_BYTES = 1 << 22
 _GROWTH = 3
+#: More than this does not go into one frame of the journal, unless a single record is larger.
+_MAX_FRAME_BYTES = 1 << 28
+
+_logger = logging.getLogger("longtail.engine.group_store")
 
 
 class _Record(msgspec.Struct, tag=True, frozen=True):
@@ -63,6 +69,8 @@ class _RoundBegan(_Record, frozen=True):
 
 
 class _RoundEnded(_Record, frozen=True):
+    """`round` is without its groups, which the store has."""
+
     round: Round
     serials: list[int]
 
@@ -72,7 +80,7 @@ class _Taken(_Record, frozen=True):
 
 
 class _State(_Record, frozen=True):
-    """First record of a compacted journal; the groups follow, one record each."""
+    """First record of a compacted journal; the groups follow, one record each, in three places."""
 
     totals: StoreTotals
     returned: Round | None
@@ -80,7 +88,7 @@ class _State(_Record, frozen=True):
 
 class _Held(_Record, frozen=True):
     group: GroupState
-    is_banked: bool
+    place: Literal["carried", "banked", "returned"]
 
 
 class StoreTotals(msgspec.Struct):
@@ -111,9 +119,8 @@ class GroupStore:
     Attributes:
         carried: by serial, oldest first.
         banked: by serial, first banked first.
-        returned: the last round, until its receipt is known.
-        recovered: the round that was complete when the last process died, perhaps before its caller had it; whoever
-            gives it to the caller sets it to `None`.
+        recovered: a round that ended and that its caller perhaps never got, because the process died or the caller
+            gave up at that moment. Whoever gives it to the caller sets it to `None`.
         num_torn_bytes: what a crash had left unfinished at the end of the journal.
 
     Raises:
@@ -124,18 +131,18 @@ class GroupStore:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.carried: dict[int, GroupState] = {}
         self.banked: dict[int, GroupState] = {}
-        self.returned: Round | None = None
+        self.recovered: Round | None = None
+        self._returned: dict[int, GroupState] = {}
         self.totals = StoreTotals()
         self._unwritten: list[bytes] = []
         self._written_at = time.monotonic()
         self._journal = None if path is None else Journal(path)
-        self.recovered: Round | None = None
         self.num_torn_bytes = 0
         if self._journal is not None:
             self.num_torn_bytes = self._journal.num_torn_bytes
             self._replay(self._journal)
-            self._compacted_bytes = self._journal.num_bytes
-            self.recovered = self.returned
+            self._compacted_bytes = 0
+            self._compact_if_large()
 
     def close(self) -> None:
         """Write what is left, and give up the journal."""
@@ -181,12 +188,15 @@ class GroupStore:
 
     def begin_round(self) -> int:
         """The next round's number. The last round was received, as its receiver goes on."""
+        assert self.recovered is None, "its caller gets it first"
         self._commit(_RoundBegan(self.totals.num_rounds + 1))
+        self._compact_if_large()
         return self.totals.num_rounds
 
     def end_round(self, round_: Round, serials: Sequence[int]) -> None:
-        """A round takes banked groups; on the disk when it returns, until the next one begins."""
-        self._commit(_RoundEnded(round_, list(serials)), durable=True)
+        """A round takes banked groups, which are in it too; on the disk when it returns, until the next one begins."""
+        self._commit(_RoundEnded(replace(round_, groups=[]), list(serials)), durable=True)
+        self.recovered = round_
         self.check()
         self._compact_if_large()
 
@@ -202,9 +212,13 @@ class GroupStore:
             JournalError: it is not; the store is usable, and the next call tries again.
 
         """
-        if self._journal is not None and self._unwritten:
-            self._journal.append(self._unwritten)
-            self._unwritten = []
+        while self._journal is not None and self._unwritten:
+            num_records = num_bytes = 0
+            while num_records < len(self._unwritten) and (num_bytes < _MAX_FRAME_BYTES or not num_records):
+                num_bytes += len(self._unwritten[num_records])
+                num_records += 1
+            self._journal.append(self._unwritten[:num_records])
+            del self._unwritten[:num_records]
         self._written_at = time.monotonic()
 
     def _commit(self, record: _Record, *, durable: bool = False) -> None:
@@ -213,7 +227,7 @@ class GroupStore:
             if durable or time.monotonic() - self._written_at > _FLUSH_INTERVAL_S:
                 try:
                     self.flush()
-                except JournalError:
+                except (JournalError, InvalidInputError):
                     if durable:
                         # It is not made; what may be lost waits for the next try.
                         self._unwritten.pop()
@@ -244,19 +258,19 @@ class GroupStore:
                 self.banked[serial] = group
             case _RoundBegan(round_no):
                 self.totals.num_rounds = round_no
-                self.returned = None
+                self.recovered, self._returned = None, {}
             case _RoundEnded(round_, serials):
-                for serial in serials:
-                    del self.banked[serial]
+                self._returned = {serial: self.banked.pop(serial) for serial in serials}
                 self.totals.num_accepted += len(serials)
-                self.returned = round_
+                self.recovered = round_
             case _Taken(serial):
                 del self.banked[serial]
                 self.totals.num_accepted += 1
             case _State(totals, returned):
-                self.totals, self.returned = totals, returned
-            case _Held(group, is_banked):
-                (self.banked if is_banked else self.carried)[group.serial] = group
+                self.totals, self.recovered = totals, returned
+            case _Held(group, place):
+                places = {"carried": self.carried, "banked": self.banked, "returned": self._returned}
+                places[place][group.serial] = group
             case _:
                 raise AssertionError(record)
 
@@ -274,16 +288,27 @@ class GroupStore:
                     journal.path, f"record {number} is not one of a longtail store ({error!r})"
                 ) from error
         self.check()
+        if self.recovered is not None:
+            groups = [group.group(self.recovered.round_id) for group in self._returned.values()]
+            self.recovered = replace(self.recovered, groups=groups)
 
     def _compact_if_large(self) -> None:
         journal = self._journal
         if journal is None or journal.num_bytes < max(_MIN_COMPACT_BYTES, _GROWTH * self._compacted_bytes):
             return
-        self.flush()
-        held = [_encode(_Held(group, True)) for group in self.banked.values()]
-        held += [_encode(_Held(group, False)) for group in self.carried.values()]
-        journal.compact([_encode(_State(self.totals, self.returned)), *held])
-        self._compacted_bytes = journal.num_bytes
+        returned = None if self.recovered is None else replace(self.recovered, groups=[])
+        records: list[_Record] = [_State(self.totals, returned)]
+        records += [_Held(group, "returned") for group in self._returned.values()]
+        records += [_Held(group, "banked") for group in self.banked.values()]
+        records += [_Held(group, "carried") for group in self.carried.values()]
+        try:
+            self.flush()
+            journal.compact([_encode(record) for record in records])
+        except JournalError as error:
+            # What was to be on the disk is there. A journal that can't be used says so at the next change.
+            _logger.warning("the journal could not be compacted: %s", error)
+        else:
+            self._compacted_bytes = journal.num_bytes
 
 
 def _encode(record: _Record) -> bytes:

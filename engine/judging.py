@@ -24,20 +24,19 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class HookAnswer:
-    """The hooks are done with a member (`index`), or with a whole group (`None`)."""
+    """The hooks have something to say of a group: ask `Judging.poll`. One that gets lost is no loss."""
 
     key: Key
-    index: int | None
-    future: Future[Any]
 
 
 @dataclass(slots=True)
 class _Case:
     """What is known of one group."""
 
-    asked: set[int] = field(default_factory=set)
+    asked: dict[int, Future[Trajectory]] = field(default_factory=dict)
     members: dict[int, Trajectory] = field(default_factory=dict)
     group: Group | None = None
+    verdict: Future[Verdict] | None = None
 
 
 class Inbox:
@@ -93,51 +92,56 @@ class Judging:
 
     def see_member(self, group: GroupState, index: int) -> None:
         """A member ended by itself."""
-        case = self._cases.setdefault(_key(group), _Case())
+        key = _key(group)
+        case = self._cases.setdefault(key, _Case())
         member = group.members[index]
         assert member is not None
         if index not in case.asked:
-            case.asked.add(index)
-            self._ask(self._hooks.finish_trajectory(member), _key(group), index)
+            case.asked[index] = self._hooks.finish_trajectory(member)
+            self._wake(case.asked[index], key)
 
     def see_group(self, group: GroupState, round_id: str) -> None:
         """A group is complete. Members that ended before a crash are shown to the hooks (again) now."""
         for index in range(group.group_size):
             self.see_member(group, index)
         self._cases[_key(group)].group = group.group(round_id)
-        self._judge_if_ready(_key(group))
+        # What was answered while no run took answers is there already.
+        self._inbox.post(HookAnswer(_key(group)))
 
-    def take(self, answer: HookAnswer) -> Trajectory | Verdict:
-        """What an answer says: the member as the hooks left it, or the verdict on the group.
+    def poll(self, key: Key) -> tuple[dict[int, Trajectory], Verdict | None]:
+        """What is new of a group: members as the hooks left them, and the verdict.
 
         Raises:
-            Exception: what a hook failed with that is to end the round.
+            Exception: what a hook failed with that is to end the round; the next round asks that hook again.
 
         """
-        if answer.index is None:
-            self._cases.pop(answer.key, None)
-            verdict: Verdict = answer.future.result()
-            return verdict
-        member: Trajectory = answer.future.result()
-        if (case := self._cases.get(answer.key)) is not None:
-            case.members[answer.index] = member
-            self._judge_if_ready(answer.key)
-        return member
+        case = self._cases.get(key)
+        if case is None:
+            return {}, None
+        new: dict[int, Trajectory] = {}
+        for index, future in list(case.asked.items()):
+            if index not in case.members and future.done():
+                if future.exception() is not None:
+                    del case.asked[index]
+                new[index] = case.members[index] = future.result()
+        if case.verdict is None and case.group is not None and len(case.members) == len(case.group.trajectories):
+            members = [case.members[index] for index in sorted(case.members)]
+            case.verdict = self._hooks.finish_group(replace(case.group, trajectories=members))
+            self._wake(case.verdict, key)
+        if case.verdict is None or not case.verdict.done():
+            return new, None
+        verdict, case.verdict = case.verdict, None
+        if verdict.exception() is None:
+            del self._cases[key]
+        return new, verdict.result()
 
     def keep_only(self, groups: Iterable[GroupState]) -> None:
         """Forget every group but these: it began again, or is gone."""
         keys = {_key(group) for group in groups}
         self._cases = {key: case for key, case in self._cases.items() if key in keys}
 
-    def _judge_if_ready(self, key: Key) -> None:
-        case = self._cases[key]
-        if case.group is None or len(case.members) < len(case.group.trajectories):
-            return
-        group = replace(case.group, trajectories=[case.members[index] for index in sorted(case.members)])
-        self._ask(self._hooks.finish_group(group), key, None)
-
-    def _ask(self, future: Future[Any], key: Key, index: int | None) -> None:
-        future.add_done_callback(lambda done: self._inbox.post(HookAnswer(key, index, done)))
+    def _wake(self, future: Future[Any], key: Key) -> None:
+        future.add_done_callback(lambda _: self._inbox.post(HookAnswer(key)))
 
 
 def _key(group: GroupState) -> Key:

@@ -6,8 +6,8 @@ goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 from longtail.engine.errors import InvalidInputError
@@ -17,7 +17,7 @@ class PromptSource:
     """Draws prompts for one run.
 
     Args:
-        prompts: all prompts of the training run, in order (a sequence), or an iterator of prompts.
+        prompts: all prompts of the training run, in order (anything with a length and positions), or an iterator.
         cursor: how many were submitted before.
         leftover: drawn from an iterator before, and not submitted; they come first.
         is_durable: the position survives a restart, which an iterator's can't.
@@ -30,28 +30,25 @@ class PromptSource:
     def __init__(self, prompts: Any, cursor: int, leftover: Sequence[Any] = (), *, is_durable: bool) -> None:
         self.cursor = cursor
         self._unsubmitted: list[Any] = []
-        self._sequence: Sequence[Any] | None = None
+        self._sequence: Any = None
         self._iterator: Iterator[Any] | None = None
-        if isinstance(prompts, Sequence) and not isinstance(prompts, (str, bytes, Mapping)):
+        is_text = isinstance(prompts, (str, bytes, Mapping))
+        if not is_text and hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__"):
             self._sequence = prompts
-        elif isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping)) and not is_durable:
+        elif isinstance(prompts, Iterator) and not is_durable:
             self._iterator = chain(leftover, prompts)
+        elif is_durable:
+            raise InvalidInputError("prompts", "a sequence of prompts, whose position the journal holds", prompts)
         else:
-            kinds = "a sequence of prompts, whose position the journal holds" if is_durable else "prompts"
-            raise InvalidInputError("prompts", kinds, prompts)
+            raise InvalidInputError("prompts", "a sequence or an iterator (`iter(...)`) of prompts", prompts)
 
     def draw(self, count: int) -> list[Any]:
         """The next prompts, at most `count`; fewer when there are no more. They count as drawn, not as submitted."""
-        drawn: list[Any] = []
-        if self._sequence is not None:
-            drawn = list(self._sequence[self.cursor : self.cursor + count])
+        if self._iterator is None:
+            stop = min(self.cursor + count, len(self._sequence))
+            drawn = [self._sequence[position] for position in range(self.cursor, stop)]
         else:
-            assert self._iterator is not None
-            for _ in range(count):
-                try:
-                    drawn.append(next(self._iterator))
-                except StopIteration:
-                    break
+            drawn = list(islice(self._iterator, count))
             self._unsubmitted += drawn
         self.cursor += len(drawn)
         return drawn

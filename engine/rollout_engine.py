@@ -86,12 +86,12 @@ class _Engine:
     def change_weights(self, version: int | None, checkpoint: str | os.PathLike[str] | None) -> Future[int]:
         """Change the weights between two steps; the future has the new version."""
         folder = None if checkpoint is None else checked_checkpoint(checkpoint)
-        new = checked_version(version, self.driver.weight_version)
 
         def change(link: CoreLink) -> int:
+            new = checked_version(version, self.driver.weight_version)
             change_weights(self.driver, link, new, folder)
             if self.book is not None:
-                self.book.inbox.post_to_run(VersionChanged(new))
+                self.book.inbox.post_to_run(VersionChanged())
             return new
 
         return self.driver.call_later(change)

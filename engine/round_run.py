@@ -73,10 +73,12 @@ class RoundRun:
         self._ended = False
         driver.claim_round(self.plan.round_id)
 
-    @property
-    def is_over(self) -> bool:
-        """Every member has its final output."""
+    def settle(self) -> bool:
+        """Whether every member has its final output."""
         return not self._collector.num_pending
+
+    def received(self) -> None:
+        """The caller has the round."""
 
     def submit(self, deliver: Sink) -> None:
         """Hand every member to the engine."""
@@ -93,10 +95,10 @@ class RoundRun:
         """Ask the scheduler for the round's numbers."""
         return self._driver.call_later(lambda link: link.rpc("round", round=self.plan.round_id))
 
-    def finish(self) -> Future[Round]:
+    def finish(self) -> Future[Round | None]:
         """Once nothing is pending: take the scheduler's numbers and forget the round there."""
 
-        def take_numbers(link: CoreLink) -> Round:
+        def take_numbers(link: CoreLink) -> Round | None:
             counts = link.rpc("forget_round", round=self.plan.round_id)
             self._end()
             return self._collector.round(counts)

@@ -6,6 +6,7 @@ An iterator takes the items that engine and hooks deliver, one by one, in its ca
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 from longtail.engine.carry_run import CarryRun
 from longtail.engine.driver import EngineDriver
+from longtail.engine.errors import InvalidInputError
 from longtail.engine.round_run import RoundProgress, RoundRun, as_progress
 from longtail.engine.trajectory import Group, Round, Trajectory
 
@@ -62,12 +64,14 @@ class RoundStream:
 
     def __next__(self) -> Trajectory:
         try:
-            while not self._ended and not self._run.is_over:
-                self._ended.extend(self._run.take(self._wait()))
+            while not self._ended and self._round is None:
+                if self._run.settle():
+                    self._round = self._driver.wait(self._run.finish(), "the round's numbers")
+                else:
+                    self._ended.extend(self._run.take(self._wait()))
             if self._ended:
                 return self._ended.popleft()
-            if self._round is None:
-                self._round = self._driver.wait(self._run.finish(), "the round's numbers")
+            self._run.received()
         except BaseException:
             self.close()
             raise
@@ -98,14 +102,15 @@ class RoundStream:
                 self._asked = self._run.progress()
         elif self._asked.done():
             asked, self._asked = self._asked, None
-            self._on_progress(as_progress(asked.result()))
+            with contextlib.suppress(InvalidInputError):  # none of its members has arrived yet
+                self._on_progress(as_progress(asked.result()))
 
 
 class GroupStream:
     """Groups in the order in which they are complete and accepted, without rounds; ends with the prompts.
 
-    A group counts as received when the next one is asked for: after a crash, one that was not is given again. `close()`
-    cuts what runs, and keeps it for the next round or stream.
+    A group counts as received when the next one is asked for, or the stream is closed: after a crash, one that was not
+    is given again. `close()` cuts what runs, and keeps it for the next round or stream.
     """
 
     def __init__(self, driver: EngineDriver, run: CarryRun) -> None:
@@ -124,7 +129,7 @@ class GroupStream:
         try:
             if (group := self._next_ready()) is not None:
                 return group
-            while not self._run.is_over:
+            while not self._run.settle():
                 self._run.take(self._wait())
                 if (group := self._next_ready()) is not None:
                     return group
@@ -138,6 +143,7 @@ class GroupStream:
         """Cut what runs, wait until its tokens are here, and keep them. Safe to call twice."""
         if self._run.has_ended:
             return
+        _acknowledge(self)
         self._run.stop()
         deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         try:
@@ -146,6 +152,11 @@ class GroupStream:
             self._run.end()
         finally:
             self._run.cancel()
+
+    @property
+    def filtered_reasons(self) -> dict[str, int]:
+        """How many groups were refused so far, by reason."""
+        return self._run.filtered_reasons
 
     def __enter__(self) -> Self:
         return self
@@ -189,13 +200,15 @@ class AsyncRoundStream:
 
     async def __anext__(self) -> Trajectory:
         try:
-            while not self._ended and not self._run.is_over:
-                self._ended.extend(self._run.take(await self._items.get()))
+            while not self._ended and self._round is None:
+                if self._run.settle():
+                    limit = self._driver.config.stall_timeout_s
+                    self._round = await asyncio.wait_for(asyncio.wrap_future(self._run.finish()), limit)
+                else:
+                    self._ended.extend(self._run.take(await self._items.get()))
             if self._ended:
                 return self._ended.popleft()
-            if self._round is None:
-                limit = self._driver.config.stall_timeout_s
-                self._round = await asyncio.wait_for(asyncio.wrap_future(self._run.finish()), limit)
+            self._run.received()
         except BaseException:
             self.close()
             raise
@@ -228,7 +241,7 @@ class AsyncGroupStream:
         try:
             if (group := _next_ready(self)) is not None:
                 return group
-            while not self._run.is_over:
+            while not self._run.settle():
                 self._run.take(await self._items.get())
                 if (group := _next_ready(self)) is not None:
                     return group
@@ -242,6 +255,7 @@ class AsyncGroupStream:
         """See `GroupStream.close`."""
         if self._run.has_ended:
             return
+        _acknowledge(self)
         self._run.stop()
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
@@ -250,6 +264,11 @@ class AsyncGroupStream:
             self._run.end()
         finally:
             self._run.cancel()
+
+    @property
+    def filtered_reasons(self) -> dict[str, int]:
+        """See `GroupStream.filtered_reasons`."""
+        return self._run.filtered_reasons
 
     async def __aenter__(self) -> Self:
         return self
@@ -283,13 +302,18 @@ class _AsyncItems:
 
 def _next_ready(stream: GroupStream | AsyncGroupStream) -> Group | None:
     """The next group to give; the one before is received now."""
-    if stream._given is not None:
-        stream._run.taken(stream._given)
-        stream._given = None
+    _acknowledge(stream)
     for serial, group in stream._run.ready_groups().items():
         stream._given = serial
         return group
     return None
+
+
+def _acknowledge(stream: GroupStream | AsyncGroupStream) -> None:
+    """The caller goes on, so it has the group that it was given."""
+    if stream._given is not None:
+        stream._run.taken(stream._given)
+        stream._given = None
 
 
 def _finished(round_: Round | None) -> Round:

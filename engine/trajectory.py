@@ -71,7 +71,7 @@ class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
         recomputed: of those, tokens whose KV had been computed before and was lost (preemption, a resume without it).
         cached: prompt tokens that the prefix cache served instead.
         parked: tokens whose parked KV was taken up again instead.
-        preemptions: how often the request lost its KV.
+        preemptions: how often the pool took the KV of the running request.
 
     """
 

@@ -9,6 +9,7 @@ Megatron-LM records the staleness of KV apart from that of tokens; here it is in
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from longtail.scheduler.errors import InvalidInputError
@@ -45,9 +46,9 @@ class KvPolicy:
             return "stale"
         return f"stale_up_to:{self.max_staleness}" if self.max_staleness else "fresh"
 
-    def keeps(self, oldest: int, current: int) -> bool:
-        """Whether KV whose oldest position is of version `oldest` is kept when the weights become `current`."""
-        return self.max_staleness is None or abs(current - oldest) <= self.max_staleness
+    def keeps(self, versions: Iterable[int], current: int) -> bool:
+        """Whether KV of these versions is kept when the weights become `current`."""
+        return self.max_staleness is None or all(abs(current - one) <= self.max_staleness for one in versions)
 
 
 FRESH = KvPolicy(0)
@@ -63,9 +64,9 @@ class KvVersions:
     runs: list[tuple[int, int]]
 
     @property
-    def oldest(self) -> int:
-        """The lowest version of any position."""
-        return min(version for _, version in self.runs)
+    def all(self) -> set[int]:
+        """Every version that there is."""
+        return {version for _, version in self.runs}
 
     def extend(self, start: int, version: int) -> None:
         """KV from position `start` on is of `version` from now on; what was there before up to `start` stays."""

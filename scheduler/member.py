@@ -17,7 +17,8 @@ class Member:
     """What a member's final report will say.
 
     An episode is the time between two losses of its KV. `start` is where the current one began (tokens whose KV was
-    there), `None` while it is not in the batch; `frontier` is the longest prefix that ever had KV.
+    there), `None` while it is not in the batch; `frontier` is the longest prefix that ever had KV. `num_renewals`
+    counts how often new weights took its KV.
     """
 
     request: Request
@@ -34,6 +35,7 @@ class Member:
     num_recomputed: int = 0
     num_cached: int = 0
     num_parked: int = 0
+    num_renewals: int = 0
     kv: KvVersions | None = None
     segments: list[tuple[int, list[tuple[str, int, int]]]] = field(default_factory=list)
 
@@ -102,7 +104,7 @@ class Member:
             num_scheduled_tokens=self.num_scheduled,
             num_recomputed_tokens=self.num_recomputed,
             num_cached_tokens=self.num_cached,
-            num_preemptions=self.request.num_preemptions,
+            num_preemptions=self.request.num_preemptions - self.num_renewals,
             num_parked_tokens=self.num_parked,
             num_computed_tokens=min(self.frontier, self.request.num_tokens - 1),
             segments=[segment for segment in self.segments if segment[0] < num_output],

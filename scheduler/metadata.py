@@ -72,7 +72,7 @@ class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
         num_scheduled_tokens: tokens of it that went through the model.
         num_recomputed_tokens: of those, tokens that a preemption had thrown away before.
         num_cached_tokens: prompt tokens that the prefix cache served at its first admission.
-        num_preemptions: how often it lost its KV.
+        num_preemptions: how often the pool took its KV.
         num_parked_tokens: positions whose parked KV it took up again.
         num_computed_tokens: positions that had KV when it ended.
         segments: `(start, kv_spans)` by segment: the output token that it begins with, counted in the trajectory, and

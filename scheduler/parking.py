@@ -123,7 +123,7 @@ class ParkingLot:
 
     def outdated(self, version: int) -> list[str]:
         """Keys whose policy does not keep their KV when the weights become `version`."""
-        return [key for key, parked in self._parked.items() if not parked.policy.keeps(parked.versions.oldest, version)]
+        return [key for key, parked in self._parked.items() if not parked.policy.keeps(parked.versions.all, version)]
 
     def keys(self) -> list[str]:
         """Every key."""

@@ -7,7 +7,7 @@ is needed: an engine that never parks and never changes its weights has vLLM's o
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from longtail.scheduler.kv_parking import KvParking, PrefixCacheGate, cannot_park
@@ -54,9 +54,12 @@ class RolloutKv:
             key = None
             if self._gate is not None:
                 versions = self._gate.versions_of(hit[0], hit[1], self.version)
+            if versions is not None and (request.num_preemptions or (member is not None and member.frontier)):
+                # Old weights' blocks are for new requests, if at all: this one had KV, which its policy gave up.
+                hit, versions = (self._scheduler.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False), None
         if self._gate is not None:
             # Before it is scheduled: a block that it fills in its first step would be published in the same call.
-            is_older = versions is not None and versions.oldest != self.version
+            is_older = versions is not None and versions.all != {self.version}
             (self._gate.close if is_older else self._gate.open)([request.request_id])
         if member is not None:
             self._chosen[request.request_id] = (key, versions)
@@ -65,9 +68,8 @@ class RolloutKv:
     def enter_batch(self, member: Member, start: int, now: float) -> None:
         """A member joins the batch with KV for `[0, start)`, which `choose` chose if it was asked."""
         key, versions = self._chosen.pop(member.request.request_id, (None, None))
-        if key is not None:
-            assert self._parking is not None
-            self._parking.forget([key])
+        if member.park is not None:
+            self.forget([member.park])
         member.enter_batch(start, versions, self.version, now, was_parked=key is not None)
 
     def check(self, member: Member) -> None:
@@ -93,11 +95,12 @@ class RolloutKv:
         if self._parking is not None:
             self._parking.forget(keys)
 
-    def end(self, request: Request) -> None:
-        """A request left, or lost its KV."""
-        self._chosen.pop(request.request_id, None)
+    def end(self, request_ids: Iterable[str]) -> None:
+        """These requests left, or lost their KV."""
+        for request_id in request_ids:
+            self._chosen.pop(request_id, None)
         if self._gate is not None:
-            self._gate.open([request.request_id])
+            self._gate.open(request_ids)
 
     def change_weights(self, version: int, members: Mapping[str, Member], others: KvPolicy, share_prefix: bool) -> None:
         """The model has new weights from the next step on.
@@ -117,12 +120,14 @@ class RolloutKv:
         for request in scheduler.running:
             member = members.get(request.request_id)
             policy = others if member is None else member.kv_policy
-            oldest = self.version if member is None or member.kv is None else member.kv.oldest
-            (keep if policy.keeps(oldest, version) else preempt).append(request)
+            versions = {self.version} if member is None or member.kv is None else member.kv.all
+            (keep if policy.keeps(versions, version) else preempt).append(request)
         scheduler.running = keep
         now = time.monotonic()
         # Last first: each is put in front of the waiting ones.
         for request in reversed(preempt):
+            if (member := members.get(request.request_id)) is not None:
+                member.num_renewals += 1
             scheduler._preempt_request(request, now, drop_stale_output=True)
             scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
         if not share_prefix:

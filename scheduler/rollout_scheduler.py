@@ -98,6 +98,8 @@ class RolloutMixin(_Base):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         output = super().schedule(throttle_prefills)
+        if output.finished_req_ids:
+            self._kv.end(output.finished_req_ids)
         if self._members:
             self._note_batch(output)
         return output
@@ -127,7 +129,7 @@ class RolloutMixin(_Base):
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         if (member := self._members.get(request.request_id)) is not None:
             member.end_episode()
-        self._kv.end(request)
+        self._kv.end([request.request_id])
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def has_requests(self) -> bool:
@@ -214,7 +216,7 @@ class RolloutMixin(_Base):
         if member is not None:
             self._no_token_yet.discard(request_id)
             self._stop_strings.forget(request_id)
-            self._kv.end(member.request)
+            self._kv.end([request_id])
         return member
 
     def _answer(

@@ -2,7 +2,8 @@
 
 vLLM seeds a generator when a request begins and draws from it once a token. A resumed request begins in the middle of
 its trajectory, so its generator is moved on by the draws of the tokens before: by drawing the same again, which needs
-nothing to be stored and is right wherever the tokens came from. Only vLLM's V1 runner needs it: V2 draws by position.
+nothing to be stored and is right wherever the tokens came from. On a GPU that is one small kernel a token. Only vLLM's
+V1 runner needs it: V2 draws by position.
 """
 
 from __future__ import annotations
