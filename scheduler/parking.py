@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from longtail.scheduler.kv_policy import KvPolicy, KvVersions
@@ -65,6 +65,9 @@ class ParkingLot:
 
     def __len__(self) -> int:
         return len(self._parked)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parked)
 
     def __contains__(self, key: object) -> bool:
         return key in self._parked
@@ -124,7 +127,3 @@ class ParkingLot:
     def outdated(self, version: int) -> list[str]:
         """Keys whose policy does not keep their KV when the weights become `version`."""
         return [key for key, parked in self._parked.items() if not parked.policy.keeps(parked.versions.all, version)]
-
-    def keys(self) -> list[str]:
-        """Every key."""
-        return list(self._parked)

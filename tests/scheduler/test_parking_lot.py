@@ -43,7 +43,7 @@ def test_owners_and_lengths_follow_every_change(changes: list[tuple[str, int, in
                     plain[other] = (blocks, num_tokens)
                     if not num_tokens:
                         del plain[other]
-        assert {key: lot[key].num_tokens for key in lot.keys()} == {key: n for key, (_, n) in plain.items()}
+        assert {key: lot[key].num_tokens for key in lot} == {key: n for key, (_, n) in plain.items()}
         owned = {b for blocks, _ in plain.values() for b in blocks} - lost
         assert {b for b in range(15) if lot.owns(b)} == owned
 
