@@ -1,0 +1,346 @@
+"""Whoever runs carrying rounds and streams, one after the other, and what it makes of what it gets.
+
+`Caller` does what the iterators of `longtail.engine.round_stream` do with a `CarryRun`, but never waits: one item at a
+time, when the test says so. `Prompts` are the trainer's, `SlowHooks` the recipe's. What comes back is held against the
+prompts and against an independent replay of the faked model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, overload
+
+import msgspec
+from kv_model import VOCAB_SIZE, expected_tokens, next_token
+from step_driver import StepDriver
+
+from longtail.engine.carry_config import CarryConfig
+from longtail.engine.carry_run import CarryBook, CarryRun
+from longtail.engine.config import SamplingConfig
+from longtail.engine.errors import InvalidInputError
+from longtail.engine.hook_points import Verdict
+from longtail.engine.prompts import Prompt
+from longtail.engine.trajectory import Group, Round, Trajectory
+
+#: Many prompts begin alike.
+COMMON = random.Random(0).choices(range(3, VOCAB_SIZE), k=32)
+SAMPLING = SamplingConfig(max_tokens=4, ignore_eos=True)
+STREAM = "a stream"
+
+
+class Prompts(Sequence[Prompt]):
+    """Random prompts of a length that the pool can take; `metadata` has the position."""
+
+    def __init__(self, seed: int, count: int, capacity: int) -> None:
+        self.group_size = 1
+        self.given: dict[int, Prompt] = {}
+        self._seed = seed
+        self._count = count
+        self._capacity = capacity
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, key: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Prompt]: ...
+    def __getitem__(self, key: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(key, slice):
+            return [self[n] for n in range(*key.indices(self._count))]
+        rng = random.Random(f"{self._seed}/{key}")
+        token_ids = COMMON[: rng.choice((0, 0, 7, 8, 16))] + rng.choices(range(3, VOCAB_SIZE), k=rng.randint(1, 12))
+        budgets = [rng.choice((rng.randint(1, 4), rng.randint(5, 16), rng.randint(17, 32))) for _ in range(4)]
+        if rng.random() < 0.05:
+            budgets[0] = self._capacity
+        budgets = [min(budget, self._capacity - len(token_ids)) for budget in budgets[: self.group_size]]
+        self.given[key] = Prompt(token_ids=token_ids, max_tokens=budgets, metadata={"n": key})
+        return self.given[key]
+
+
+class HookFailure(Exception):
+    """A hook failed in a way that ends the round."""
+
+
+class SlowHooks:
+    """Answer when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, Future[Any]]] = []
+
+    def prepare(self, prompt: Prompt) -> Future[Prompt]:
+        return self._ask(prompt)
+
+    def finish_trajectory(self, trajectory: Trajectory) -> Future[Trajectory]:
+        return self._ask(trajectory)
+
+    def finish_group(self, group: Group) -> Future[Verdict]:
+        return self._ask(group)
+
+    def change_weights(self, version: int) -> Future[None]:
+        raise NotImplementedError
+
+    def answer(self, index: int, accept: bool) -> None:
+        """Answer one question: rewards for trajectories, a verdict on a group."""
+        value, future = self.asked.pop(index % len(self.asked))
+        if isinstance(value, Trajectory):
+            value = msgspec.structs.replace(value, reward=reward_of(value))
+        elif isinstance(value, Group):
+            value = Verdict(group=value, rejected=None if accept else "hook: no")
+        future.set_result(value)
+
+    def fail(self, index: int) -> None:
+        """One answer is an exception."""
+        self.asked.pop(index % len(self.asked))[1].set_exception(HookFailure())
+
+    def _ask(self, value: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.asked.append((value, future))
+        return future
+
+
+class Caller:
+    """See the module.
+
+    Attributes:
+        accepted: positions of the prompts whose groups it has, with the round that they came in.
+        filtered: positions of the prompts whose groups were refused, with the reason.
+        seen: how often what was to be tested happened.
+
+    """
+
+    def __init__(self, prompts: Prompts, config: CarryConfig) -> None:
+        self.prompts = prompts
+        self.config = config
+        self.accepted: dict[int, str] = {}
+        self.filtered: dict[int, str] = {}
+        self.seen: Counter[str] = Counter()
+        self.num_rounds = 0
+
+    def attend(self, driver: StepDriver, book: CarryBook) -> None:
+        """This process has this engine and these groups; what there was of an earlier one is gone."""
+        self.driver = driver
+        self.book = book
+        self.run: CarryRun | None = None
+        self.num_turns = 0
+        self.is_stream = False
+        self._items: deque[Any] = deque()
+        self._finishing: Future[Round | None] | None = None
+        self._round: Round | None = None
+        self._given: tuple[int, Group] | None = None
+        held = {group.prompt.metadata["n"] for group in book.store.groups()}
+        self.filtered = {n: reason for n, reason in self.filtered.items() if n not in held}
+        # That a stream's group was received need not be on the disk yet.
+        self.accepted = {n: where for n, where in self.accepted.items() if where != STREAM or n not in held}
+        refuse = book.store.filter
+
+        def filter_and_note(serial: int, reason: str) -> None:
+            group = book.store.carried.get(serial) or book.store.banked[serial]
+            refuse(serial, reason)
+            self.filtered[group.prompt.metadata["n"]] = reason
+
+        book.store.filter = filter_and_note  # type: ignore[method-assign]
+
+    # ---- its rounds --------------------------------------------------------------------------------------------
+
+    def start(self, target: int | None, ratio: float | None, group_size: int, num_groups: int) -> None:
+        """Begin a round, or a stream (`target=None`)."""
+        assert self.run is None
+        if self.book.store.recovered is not None:
+            target = target or 1  # a stream refuses
+        self.prompts.group_size = group_size
+        self.num_rounds += 1
+        self.num_turns = 0
+        self._items = deque()
+        self.is_stream = target is None
+        run = CarryRun(
+            self.driver, self.book, self.prompts, group_size=group_size, target_groups=target,
+            over_provision=ratio if target else None, sampling=SAMPLING, round_id=f"r{self.num_rounds}",
+            num_groups=num_groups,
+        )  # fmt: skip
+        try:
+            run.submit(self._items.append)
+        except InvalidInputError:
+            assert self.book.store.totals.cursor == len(self.prompts)
+            assert run.has_ended
+        else:
+            self.run = run
+
+    @property
+    def is_waiting(self) -> bool:
+        """The run goes on only when an item comes."""
+        return self.run is not None and not self._items and self._finishing is None and self._round is None
+
+    def go_on(self) -> None:
+        """One turn of the iterator: it gives something to the caller, or takes an item if there is one."""
+        if self.run is None or self._finishing is not None:
+            return
+        try:
+            if self.is_stream:
+                self._go_on_with_stream(self.run)
+            else:
+                self._go_on_with_round(self.run)
+        except HookFailure:
+            self.leave(is_orderly=False)
+
+    def leave(self, is_orderly: bool) -> None:
+        """The caller goes away before the end."""
+        run = self.run
+        assert run is not None
+        if self.is_stream and is_orderly:
+            self._acknowledge(run)
+            run.stop()
+            while run.is_stopping:
+                self.driver.run_commands()
+                self.driver.step()
+                try:
+                    while self._items and run.is_stopping:
+                        run.take(self._items.popleft())
+                except HookFailure:
+                    break
+            else:
+                run.end()
+        run.cancel()
+        self._forget_run()
+
+    def see_round(self) -> None:
+        """Take note of a round that was just finished, if one was."""
+        if self._finishing is None or not self._finishing.done():
+            return
+        finished, self._finishing = self._finishing.result(), None
+        if finished is not None:
+            self._round = finished
+            self._check_round(finished)
+
+    def _go_on_with_round(self, run: CarryRun) -> None:
+        if self._round is not None:
+            run.received()
+            for group in self._round.groups:
+                self._accept(group, self._round.round_id)
+            self.seen["rounds"] += 1
+            self._forget_run()
+        elif run.settle():
+            self._finishing = run.finish()
+        elif self._items:
+            self._take(run)
+
+    def _go_on_with_stream(self, run: CarryRun) -> None:
+        self._acknowledge(run)
+        for serial, group in run.ready_groups().items():
+            self._given = serial, group
+            self._check_group(group, self.driver.weight_version)
+            return
+        if run.settle():
+            run.end()
+            self._forget_run()
+        elif self._items:
+            self._take(run)
+
+    def _acknowledge(self, run: CarryRun) -> None:
+        if self._given is not None:
+            (serial, group), self._given = self._given, None
+            assert serial in self.book.store.banked
+            run.taken(serial)
+            self._accept(group, STREAM)
+
+    def _take(self, run: CarryRun) -> None:
+        for trajectory in run.take(self._items.popleft()):
+            self._check_trajectory(trajectory)
+
+    def _accept(self, group: Group, where: str) -> None:
+        n = group.metadata["n"]
+        assert self.accepted.get(n) in (None, where if where != STREAM else None), f"group {n} was returned twice"
+        self.accepted[n] = where
+
+    def _forget_run(self) -> None:
+        self.run = self._round = self._finishing = self._given = None
+
+    # ---- what must hold of what it gets --------------------------------------------------------------------------
+
+    def _check_round(self, round_: Round) -> None:
+        store, carry = self.book.store, round_.carry
+        assert self.run is not None
+        assert carry is not None
+        is_again = round_.round_id != self.run.round_id
+        if is_again:
+            self.seen["rounds given again"] += 1
+        else:
+            assert carry.version == self.driver.weight_version
+            before = carry.num_carried_in + carry.num_banked_in + carry.num_fresh
+            assert before == carry.num_accepted + carry.num_filtered + carry.num_banked + carry.num_carried
+            assert carry.num_accepted == len(round_.groups)
+            assert carry.num_filtered == len(round_.filtered_groups) == sum(carry.filtered_reasons.values())
+            assert carry.num_banked == len(store.banked)
+            assert carry.num_carried == len(store.carried)
+            for group in round_.filtered_groups:
+                assert self.filtered[group.metadata["n"]] == group.rejected
+            if len(round_.groups) < round_.target_groups:
+                assert store.totals.cursor == len(self.prompts)
+                assert not store.carried, "a round is short, and groups could go on"
+            self.seen.update(
+                {
+                    "banked in": carry.num_banked_in,
+                    "restarts": carry.num_restarts,
+                    "resumes": carry.num_resumes,
+                    "parked tokens taken up": carry.num_parked_tokens,
+                    "recomputed tokens": carry.num_reprefilled_tokens,
+                    "masked tokens": carry.num_masked_tokens,
+                    "later waves": max(0, len(self.run._waves) - 1),
+                }
+                | {f"filtered, {reason}": count for reason, count in carry.filtered_reasons.items()}
+            )
+        for group in round_.groups:
+            self._check_group(group, self.driver.weight_version, may_be_stale=is_again)
+
+    def _check_group(self, group: Group, version: int, may_be_stale: bool = False) -> None:
+        prompt = self.prompts.given[group.metadata["n"]]
+        assert isinstance(prompt.max_tokens, list)
+        assert group.complete
+        assert group.rejected is None
+        assert [t.index for t in group.trajectories] == list(range(len(prompt.max_tokens)))
+        bound = self.config.max_staleness
+        for trajectory in group.trajectories:
+            self._check_trajectory(trajectory)
+            assert self.book.hooks is None or trajectory.reward == reward_of(trajectory)
+            is_stale = [bound is not None and abs(version - one) > bound for one in token_versions(trajectory)]
+            # A mask of the day when the round ended stays.
+            assert all(not loss for loss, stale in zip(trajectory.loss_mask, is_stale, strict=True) if stale)
+            assert may_be_stale or trajectory.loss_mask == [int(not stale) for stale in is_stale]
+            assert may_be_stale or self.config.on_stale == "mask" or not any(is_stale)
+
+    def _check_trajectory(self, trajectory: Trajectory) -> None:
+        """It is what the model makes of its prompt over KV of the versions that it reports."""
+        prompt = self.prompts.given[trajectory.metadata["n"]]
+        assert isinstance(prompt.max_tokens, list)
+        tokens, versions = trajectory.output_token_ids, token_versions(trajectory)
+        sequence = [*trajectory.prompt_token_ids, *tokens]
+        assert trajectory.prompt_token_ids == prompt.token_ids
+        assert trajectory.finish_reason == "length"
+        assert len(tokens) == prompt.max_tokens[trajectory.index]
+        assert trajectory.source_mask == [1] * len(tokens)
+        assert trajectory.logprobs == [-(token % 7) - 0.5 for token in tokens]
+        assert (trajectory.segments[0].start, trajectory.segments[-1].end) == (0, len(tokens))
+        used = set(versions)
+        for segment in trajectory.segments:
+            kv = [int(span.version) for span in segment.kv_versions for _ in range(span.start, span.end)]
+            used.update(kv)
+            assert len(kv) == len(prompt.token_ids) + segment.start
+            assert len(set(versions[segment.start : segment.end])) == 1, "the weights change inside a segment"
+            for index in range(segment.start, segment.end):
+                assert tokens[index] == next_token(list(zip(sequence, kv, strict=False)), versions[index])
+                kv.append(versions[index])
+        if len(used) == 1:
+            assert tokens == expected_tokens(prompt.token_ids, len(tokens), versions[0])
+
+
+def reward_of(trajectory: Trajectory) -> float:
+    """What the hook gives a trajectory."""
+    return float(sum(trajectory.output_token_ids))
+
+
+def token_versions(trajectory: Trajectory) -> list[int]:
+    """The version of every token."""
+    return [int(span.version) for span in trajectory.weight_versions for _ in range(span.start, span.end)]
