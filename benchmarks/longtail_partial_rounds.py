@@ -1,8 +1,8 @@
 """longtail as a worker process for `partial_rollout.py`; `partial_rollout_arms.py` has the jobs that make rounds.
 
 Besides, `{"calibrate": {"seed", "vocab_size"}}` answers samples of step times, in four arrays as `fit_step_model`
-takes them, and `{"answer": {"prompts", "group_size", "max_tokens", "stop_token_id"}}` the lengths of
-the model's own answers.
+takes them, and `{"answer": {"prompts", "group_size", "max_tokens", "stop_token_id"}}` the lengths of the model's own
+answers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from longtail.engine.carry_config import CarryConfig
 
 #: Staler groups than this are dropped, which only a jump of the version at the end of a run makes them.
 _FORGET_VERSIONS = 1000
+#: Without a seed, as in the stock arms: stock vLLM's CPU engine dies of one when a prefill takes more than one step.
 _FORCED = SamplingConfig(ignore_eos=True, max_tokens=1024)
 
 

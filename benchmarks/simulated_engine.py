@@ -202,7 +202,7 @@ class SimEngine:
         self.next_s = self._time_after(self._running[0][0] - self._steps_done) if self._running else math.inf
 
     def _has_kv(self, member: Member) -> bool:
-        return member.kv_version is not None and self._kv_policy.keeps(member.kv_version, self._version)
+        return member.kv_version is not None and self._kv_policy.keeps([member.kv_version], self._version)
 
     def _prefill(self, member: Member) -> None:
         if self._has_kv(member):

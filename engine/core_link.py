@@ -82,6 +82,11 @@ class CoreLink:
         """Expect the core to end from now on."""
         self._closing.set()
 
+    def join(self, timeout_s: float = 5.0) -> None:
+        """Wait until the core's processes are gone: vLLM kills a slow one and does not wait for its end."""
+        for process in self._processes:
+            process.join(timeout_s)
+
     def _watch(self) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 

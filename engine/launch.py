@@ -37,6 +37,7 @@ class StartedEngine:
         """Stop the core and give back its memory; an inline core also leaves torch's process group."""
         self.link.close()
         self.llm_engine.engine_core.shutdown()
+        self.link.join()
         if self.link.is_inline:
             from vllm.distributed import cleanup_dist_env_and_memory
 
