@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, overload
 
 import msgspec
@@ -32,17 +33,20 @@ STREAM = "a stream"
 
 
 class Prompts(Sequence[Prompt]):
-    """Random prompts of a length that the pool can take; `metadata` has the position."""
+    """Random prompts for a model of `capacity` positions, which some budgets exceed; `metadata` has the position."""
 
     def __init__(self, seed: int, count: int, capacity: int) -> None:
         self.group_size = 1
         self.given: dict[int, Prompt] = {}
         self._seed = seed
         self._count = count
-        self._capacity = capacity
+        self.capacity = capacity
 
     def __len__(self) -> int:
         return self._count
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self[n] for n in range(self._count))
 
     @overload
     def __getitem__(self, key: int) -> Prompt: ...
@@ -55,9 +59,8 @@ class Prompts(Sequence[Prompt]):
         token_ids = COMMON[: rng.choice((0, 0, 7, 8, 16))] + rng.choices(range(3, VOCAB_SIZE), k=rng.randint(1, 12))
         budgets = [rng.choice((rng.randint(1, 4), rng.randint(5, 16), rng.randint(17, 32))) for _ in range(4)]
         if rng.random() < 0.05:
-            budgets[0] = self._capacity
-        budgets = [min(budget, self._capacity - len(token_ids)) for budget in budgets[: self.group_size]]
-        self.given[key] = Prompt(token_ids=token_ids, max_tokens=budgets, metadata={"n": key})
+            budgets[0] = self.capacity
+        self.given[key] = Prompt(token_ids=token_ids, max_tokens=budgets[: self.group_size], metadata={"n": key})
         return self.given[key]
 
 
@@ -84,9 +87,11 @@ class SlowHooks:
         raise NotImplementedError
 
     def answer(self, index: int, accept: bool) -> None:
-        """Answer one question: rewards for trajectories, a verdict on a group."""
+        """Answer one question: a longer prompt, rewards for trajectories, a verdict on a group."""
         value, future = self.asked.pop(index % len(self.asked))
-        if isinstance(value, Trajectory):
+        if isinstance(value, Prompt):
+            value = prepared(value)
+        elif isinstance(value, Trajectory):
             value = msgspec.structs.replace(value, reward=reward_of(value))
         elif isinstance(value, Group):
             value = Verdict(group=value, rejected=None if accept else "hook: no")
@@ -105,6 +110,11 @@ class SlowHooks:
 class Caller:
     """See the module.
 
+    Args:
+        prompts: the trainer's.
+        config: policies of the rounds.
+        has_iterator: it gives an iterator of the prompts to every round, not their sequence.
+
     Attributes:
         accepted: positions of the prompts whose groups it has, with the round that they came in.
         filtered: positions of the prompts whose groups were refused, with the reason.
@@ -112,8 +122,10 @@ class Caller:
 
     """
 
-    def __init__(self, prompts: Prompts, config: CarryConfig) -> None:
+    def __init__(self, prompts: Prompts, config: CarryConfig, *, has_iterator: bool = False) -> None:
         self.prompts = prompts
+        self._source: Any = iter(prompts) if has_iterator else prompts
+        self._group_size = 2 if has_iterator else None
         self.config = config
         self.accepted: dict[int, str] = {}
         self.filtered: dict[int, str] = {}
@@ -151,15 +163,15 @@ class Caller:
         assert self.run is None
         if self.book.store.recovered is not None:
             target = target or 1  # a stream refuses
-        self.prompts.group_size = group_size
+        group_size = self.prompts.group_size = self._group_size or group_size
+        ratio = ratio if target is not None and self.config.target_carried is None else None
         self.num_rounds += 1
         self.num_turns = 0
         self._items = deque()
         self.is_stream = target is None
         run = CarryRun(
-            self.driver, self.book, self.prompts, group_size=group_size, target_groups=target,
-            over_provision=ratio if target else None, sampling=SAMPLING, round_id=f"r{self.num_rounds}",
-            num_groups=num_groups,
+            self.driver, self.book, self._source, group_size=group_size, target_groups=target, over_provision=ratio,
+            sampling=SAMPLING, round_id=f"r{self.num_rounds}", num_groups=num_groups,
         )  # fmt: skip
         try:
             run.submit(self._items.append)
@@ -317,9 +329,10 @@ class Caller:
         assert isinstance(prompt.max_tokens, list)
         tokens, versions = trajectory.output_token_ids, token_versions(trajectory)
         sequence = [*trajectory.prompt_token_ids, *tokens]
-        assert trajectory.prompt_token_ids == prompt.token_ids
+        assert trajectory.prompt_token_ids == (prompt if self.book.hooks is None else prepared(prompt)).token_ids
         assert trajectory.finish_reason == "length"
-        assert len(tokens) == prompt.max_tokens[trajectory.index]
+        has_room_for = self.prompts.capacity - len(trajectory.prompt_token_ids)
+        assert len(tokens) == min(prompt.max_tokens[trajectory.index], has_room_for)
         assert trajectory.source_mask == [1] * len(tokens)
         assert trajectory.logprobs == [-(token % 7) - 0.5 for token in tokens]
         assert (trajectory.segments[0].start, trajectory.segments[-1].end) == (0, len(tokens))
@@ -327,13 +340,18 @@ class Caller:
         for segment in trajectory.segments:
             kv = [int(span.version) for span in segment.kv_versions for _ in range(span.start, span.end)]
             used.update(kv)
-            assert len(kv) == len(prompt.token_ids) + segment.start
+            assert len(kv) == len(trajectory.prompt_token_ids) + segment.start
             assert len(set(versions[segment.start : segment.end])) == 1, "the weights change inside a segment"
             for index in range(segment.start, segment.end):
                 assert tokens[index] == next_token(list(zip(sequence, kv, strict=False)), versions[index])
                 kv.append(versions[index])
         if len(used) == 1:
-            assert tokens == expected_tokens(prompt.token_ids, len(tokens), versions[0])
+            assert tokens == expected_tokens(trajectory.prompt_token_ids, len(tokens), versions[0])
+
+
+def prepared(prompt: Prompt) -> Prompt:
+    """What the hook makes of a prompt."""
+    return replace(prompt, token_ids=[*(prompt.token_ids or ()), 7])
 
 
 def reward_of(trajectory: Trajectory) -> float:
