@@ -61,8 +61,9 @@ class StepDriver:
     def __init__(self, kv: KvEngine, config: CarryConfig, version: int = 0) -> None:
         self.kv = kv
         self.config = SimpleNamespace(carry=config)
-        capacity = (len(kv.scheduler.kv_cache_manager.block_pool.blocks) - 1) * kv.model.block_size
-        self.engine = SimpleNamespace(tokenizer=None, limits=PromptLimits(VOCAB_SIZE, capacity))
+        # What one sequence can have of the pool, as when vLLM sizes the pool for one.
+        kv.scheduler.max_model_len = kv.num_free_blocks * kv.model.block_size
+        self.engine = SimpleNamespace(tokenizer=None, limits=PromptLimits(VOCAB_SIZE, kv.scheduler.max_model_len))
         self.weight_version = 0
         self.num_free_at_start = kv.num_free_blocks
         self.cut_sequences: dict[str, list[int]] = {}
@@ -245,7 +246,7 @@ class StepDriver:
         sequence = one.prompt + one.tokens
         assert len(one.tokens) <= one.max_tokens
         if str(output.finish_reason) == "length":
-            assert len(one.tokens) == one.max_tokens
+            assert len(one.tokens) == min(one.max_tokens, self.engine.limits.max_model_len - len(one.prompt))
         assert one.logprobs == [-(token % 7) - 0.5 for token in one.tokens], "log-probs of other tokens"
         report = report_of(output.kv_transfer_params)
         starts: list[int] = []
