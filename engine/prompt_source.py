@@ -6,8 +6,9 @@ goes on where it was.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from longtail.engine.errors import InvalidInputError
@@ -30,13 +31,14 @@ class PromptSource:
     def __init__(self, prompts: Any, cursor: int, leftover: Sequence[Any] = (), *, is_durable: bool) -> None:
         self.cursor = cursor
         self._unsubmitted: list[Any] = []
+        self._leftover = deque(leftover)
         self._sequence: Any = None
         self._iterator: Iterator[Any] | None = None
         is_text = isinstance(prompts, (str, bytes, Mapping))
         if not is_text and hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__"):
             self._sequence = prompts
         elif isinstance(prompts, Iterator) and not is_durable:
-            self._iterator = chain(leftover, prompts)
+            self._iterator = prompts
         elif is_durable:
             raise InvalidInputError("prompts", "a sequence of prompts, whose position the journal holds", prompts)
         else:
@@ -48,7 +50,8 @@ class PromptSource:
             stop = min(self.cursor + count, len(self._sequence))
             drawn = [self._sequence[position] for position in range(self.cursor, stop)]
         else:
-            drawn = list(islice(self._iterator, count))
+            drawn = [self._leftover.popleft() for _ in range(min(count, len(self._leftover)))]
+            drawn += islice(self._iterator, count - len(drawn))
             self._unsubmitted += drawn
         self.cursor += len(drawn)
         return drawn
@@ -60,4 +63,4 @@ class PromptSource:
     @property
     def unsubmitted(self) -> list[Any]:
         """Prompts that an iterator gave away and nobody has."""
-        return list(self._unsubmitted)
+        return [*self._unsubmitted, *self._leftover]

@@ -120,7 +120,8 @@ class PrefixCacheGate:
         coordinator = scheduler.kv_cache_manager.coordinator
         self._block_size = coordinator.single_type_managers[0].block_size
         self._closed: set[str] = set()
-        #: Version of a published block that is older than the weights, while its hash is that one.
+        #: Published hashes that are older than the weights, with their version, by `id`: a block that is filled and
+        #: published again gets a hash that is equal and another object.
         self._older: dict[int, tuple[Any, int]] = {}
         self._cache_blocks = coordinator.cache_blocks
         coordinator.cache_blocks = self._cache_unless_closed  # type: ignore[method-assign]
@@ -140,12 +141,8 @@ class PrefixCacheGate:
 
     def remember_versions(self, version: int) -> None:
         """The weights change from `version`, and what is published now may still be hit."""
-        published = ((block.block_id, block.block_hash) for block in self._pool.blocks if block.block_hash is not None)
-        older = self._older
-        self._older = {
-            block_id: older[block_id] if older.get(block_id, (None, 0))[0] == block_hash else (block_hash, version)
-            for block_id, block_hash in published
-        }
+        published = (block.block_hash for block in self._pool.blocks if block.block_hash is not None)
+        self._older = {id(one): self._older.get(id(one), (one, version)) for one in published}
 
     @property
     def has_older_blocks(self) -> bool:
@@ -159,8 +156,8 @@ class PrefixCacheGate:
         versions = KvVersions([])
         block_size = self._block_size
         for index, block in enumerate(hit.blocks[0][: -(-num_tokens // block_size)]):
-            block_hash, version = self._older.get(block.block_id, (None, current))
-            versions.extend(index * block_size, version if block_hash == block.block_hash else current)
+            _, version = self._older.get(id(block.block_hash), (None, current))
+            versions.extend(index * block_size, version)
         return versions if versions.runs else None
 
     def _cache_unless_closed(self, request: Request, *args: Any, **kwargs: Any) -> None:

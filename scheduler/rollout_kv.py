@@ -32,6 +32,8 @@ class RolloutKv:
         self._parking: KvParking | None = None
         self._gate: PrefixCacheGate | None = None
         self._chosen: dict[str, tuple[str | None, KvVersions | None]] = {}
+        #: Versions of older weights in the KV of requests that are no members.
+        self._older: dict[str, set[int]] = {}
         self.version = 0
         self.refusal = cannot_park(scheduler)
 
@@ -63,6 +65,10 @@ class RolloutKv:
             (self._gate.close if is_older else self._gate.open)([request.request_id])
         if member is not None:
             self._chosen[request.request_id] = (key, versions)
+        elif versions is not None:
+            self._older[request.request_id] = versions.all
+        else:
+            self._older.pop(request.request_id, None)
         return hit
 
     def enter_batch(self, member: Member, start: int, now: float) -> None:
@@ -99,6 +105,7 @@ class RolloutKv:
         """These requests left, or lost their KV."""
         for request_id in request_ids:
             self._chosen.pop(request_id, None)
+            self._older.pop(request_id, None)
         if self._gate is not None:
             self._gate.open(request_ids)
 
@@ -120,7 +127,10 @@ class RolloutKv:
         for request in scheduler.running:
             member = members.get(request.request_id)
             policy = others if member is None else member.kv_policy
-            versions = {self.version} if member is None or member.kv is None else member.kv.all
+            if member is None:
+                versions = self._older.get(request.request_id, set()) | {self.version}
+            else:
+                versions = {self.version} if member.kv is None else member.kv.all
             (keep if policy.keeps(versions, version) else preempt).append(request)
         scheduler.running = keep
         now = time.monotonic()
@@ -132,10 +142,12 @@ class RolloutKv:
             scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
         if not share_prefix:
             self._gate.withdraw_all()
-        self.version = version
+        before, self.version = self.version, version
         self._gate.close(request.request_id for request in keep)
         for request in keep:
-            if (member := members.get(request.request_id)) is not None:
+            if (member := members.get(request.request_id)) is None:
+                self._older.setdefault(request.request_id, set()).add(before)
+            else:
                 member.change_weights(version)
 
     def counters(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from longtail.engine.patches.entry import Entry, Source
 
 _COORDINATOR = "vllm.v1.core.kv_cache_coordinator"
+_UTILS = "vllm.v1.core.kv_cache_utils"
 _POOL = "vllm.v1.core.block_pool"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
@@ -30,14 +31,12 @@ ENTRY = Entry(
             (_POOL, "BlockPool.get_new_blocks", "4a7fd7ea20eb8b20"),
             (_POOL, "BlockPool.reset_prefix_cache", "88bba7adebd5cae4"),
             (_POOL, "BlockPool.evict_blocks", "30ff603d1ad4d33e"),
-            ("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue", "607ee0252fcba2b6"),
+            (_POOL, "BlockPool.cache_full_blocks", "627956ae3c9933c8"),
+            (_UTILS, "make_block_hash_with_group_id", "e2faf6ba61833782"),
+            (_UTILS, "FreeKVCacheBlockQueue", "607ee0252fcba2b6"),
             ("vllm.v1.core.kv_cache_manager", "KVCacheManager.allocate_slots", "fa8fe3ef9b92bf87"),
             (_COORDINATOR, "KVCacheCoordinator.cache_blocks", "06015355f362c9bb"),
-            (
-                "vllm.v1.core.kv_cache_coordinator",
-                "KVCacheCoordinator.allocate_new_computed_blocks",
-                "77d7eeea419d5b5e",
-            ),
+            (_COORDINATOR, "KVCacheCoordinator.allocate_new_computed_blocks", "77d7eeea419d5b5e"),
             (_MANAGER, "SingleTypeKVCacheManager.get_num_blocks_to_allocate", "c1b47b7466664d2d"),
             (_MANAGER, "SingleTypeKVCacheManager.add_local_computed_blocks", "7e09d433ca27c45a"),
             (_MANAGER, "SingleTypeKVCacheManager.allocate_new_blocks", "f1862d4f639aac8f"),

@@ -280,6 +280,31 @@ def test_new_requests_hit_no_prefix_of_older_weights_unless_asked(make: Make, sh
     assert round_.reports["again"].segments == [(0, spans)]
 
 
+def test_a_block_filled_again_is_of_the_weights_that_filled_it(make: Make) -> None:
+    engine = make(num_blocks=8)
+
+    def tables(name: str) -> list[int]:
+        engine.step()
+        return list(engine.scheduler.kv_cache_manager.get_block_ids(name)[0])
+
+    engine.add("first", PROMPT, 2)
+    first = tables("first")
+    engine.run()
+    engine.drain()
+    engine.change_weights(1, share_prefix=True)
+    for number in range(2):  # the pool hands its blocks out in reverse, and in reverse again
+        engine.add(f"flood{number}", [99 + number] * 55, 1)
+        engine.run()
+    for name in ("filled", "shared"):
+        round_ = Round(engine, {name: PROMPT})
+        round_.submit({name: 2}, target=1)
+        assert any(old == new for old, new in zip(first, tables(f"{name}#1"), strict=False))
+        round_.run()
+        assert {version for _, version in engine.model.sampled_from[f"{name}#1"][0]} == {1}
+        assert {span[0] for _, spans in round_.reports[name].segments for span in spans} == {"1"}
+        assert round_.reports[name].num_cached_tokens == (48 if name == "shared" else 0)
+
+
 def test_stale_kv_is_never_published(make: Make) -> None:
     engine = make()
     round_ = cut_at(engine, 1, num_tokens=13, length=80, kv_policy="stale")
@@ -311,6 +336,20 @@ def test_running_members_follow_their_policy(make: Make, policy: str) -> None:
         if policy == "stale":
             spans = [("0", 0, num_known - 1), ("1", num_known - 1, num_known)]
         assert round_.reports[name].segments == [(0, [("0", 0, len(prompt))]), (len(before[name]), spans)]
+
+
+@pytest.mark.parametrize(("policy", "versions"), [("stale_up_to:1", {2}), ("stale_up_to:2", {0, 1, 2})])
+def test_other_running_requests_follow_the_policy_over_any_number_of_changes(
+    make: Make, policy: str, versions: set[int]
+) -> None:
+    engine = make()
+    engine.add("other", PROMPT, 40)
+    for version in (1, 2):
+        for _ in range(12):
+            engine.step()
+        engine.change_weights(version, kv_policy=policy)
+    engine.run()
+    assert {version for _, version in engine.model.sampled_from["other"][-1]} == versions
 
 
 def test_metadata_of_a_resume_is_checked_against_the_request(make: Make) -> None:

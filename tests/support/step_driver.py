@@ -25,7 +25,7 @@ from longtail.engine.core_link import checked_answer
 from longtail.engine.errors import LongtailError
 from longtail.engine.prompts import PromptLimits
 from longtail.scheduler.kv_policy import KvPolicy
-from longtail.scheduler.metadata import EXTRA_ARGS_KEY, report_of
+from longtail.scheduler.metadata import EXTRA_ARGS_KEY, MemberReport, report_of
 
 
 @dataclass
@@ -68,6 +68,7 @@ class StepDriver:
         self.num_free_at_start = kv.num_free_blocks
         self.cut_sequences: dict[str, list[int]] = {}
         self.seen: Counter[str] = Counter()
+        self._shared: dict[str, int] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._sinks: dict[str, Callable[[Any], object]] = {}
         self._rounds: set[str] = set()
@@ -259,8 +260,7 @@ class StepDriver:
             self.seen["preemptions"] += report.num_preemptions
         carry = self.config.carry
         bound = KvPolicy.parse(carry.kv_policy).max_staleness
-        # Of any age, because a new request may share it.
-        num_shared = 0 if not carry.share_prefix else len(one.prompt) if report is None else report.num_cached_tokens
+        num_shared = self._num_shared(one, report) if carry.share_prefix else 0
         expected: list[int] = []
         for index, version in enumerate(one.versions):
             place = len(one.prompt) + index
@@ -279,3 +279,13 @@ class StepDriver:
                     expected.append(version)
                 assert ages == expected, f"{one.name} token {index}: KV of {ages}, reported {expected}"
             self.seen["tokens checked"] += 1
+
+    def _num_shared(self, one: _InFlight, report: MemberReport | None) -> int:
+        """For how many tokens the KV may be of any age, because the request shared a prefix when it was new."""
+        if one.metadata is None or report is None:
+            return len(one.prompt)
+        key = one.metadata["park"]
+        num_shared = self._shared.get(key, 0) if report.num_parked_tokens else report.num_cached_tokens
+        if key is not None:
+            self._shared[key] = num_shared
+        return num_shared

@@ -289,7 +289,8 @@ class CarryMachine(RuleBasedStateMachine):
             recovered = {group.metadata["n"] for group in store.recovered.groups}
             assert all(caller.accepted.get(n) in (None, store.recovered.round_id) for n in recovered)
             places.update(recovered - caller.accepted.keys())
-        assert places == Counter(range(store.totals.cursor))
+        expected = Counter(range(store.totals.cursor))
+        assert places == expected, f"too often {places - expected}, missing {expected - places}"
         assert store.totals.num_submitted == store.totals.cursor
         assert store.totals.num_filtered == len(caller.filtered)
         for reason in caller.filtered.values():
