@@ -37,7 +37,7 @@ from statistics import fmean
 from typing import Any
 
 import bench_io
-from partial_rollout_arms import MAX_NUM_SEQS, Arm, RoundFigures, Run, Work, staleness_shares, start_workers
+from partial_rollout_arms import BLOCK_SIZE, MAX_NUM_SEQS, Arm, RoundFigures, Run, Work, staleness_shares, start_workers
 from round_simulator import StepModel, fit_step_model
 
 from longtail.engine.models import resolve_model
@@ -254,10 +254,10 @@ def _simulation(run: Run, over_provision: float, step: StepModel) -> dict[str, A
             "over_provision": over_provision,
             "kv_policy": "fresh",
             "prompt_tokens": len(run.work.prompts[0]),
+            "block_size": BLOCK_SIZE,
         },
         "lengths": run.work.lengths,
         "rounds": rounds,
-        "measured_rounds": rounds,
         "measured_tokens_per_s": round(sum(tokens for tokens, _ in rounds) / sum(seconds for _, seconds in rounds), 3),
     }
 

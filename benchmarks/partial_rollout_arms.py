@@ -25,8 +25,8 @@ from longtail.engine.runtime import pick_runtime, spawn_environment
 from longtail.scheduler.admission import FixedOverProvision
 
 #: Every engine is of this size, which holds all that any arm has in flight.
-MAX_NUM_SEQS = 64
-_ENGINE = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": 1088, "block_size": 32}
+MAX_NUM_SEQS, BLOCK_SIZE = 64, 32
+_ENGINE = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": 1088, "block_size": BLOCK_SIZE}
 _KV_CACHE_GIB = 1.0
 
 

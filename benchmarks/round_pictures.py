@@ -200,7 +200,7 @@ def _draw_bias(panel: Axes, sweep: Sweep) -> None:
         "mean length, accepted against all answers; sigma 1",
     )
     for ratio, color in zip(BIAS_RATIOS, SIGMA_COLORS, strict=True):
-        biases = sweep(Cell(ratio=ratio))["length_bias_by_round"]
+        biases = sweep(Cell(ratio=ratio))["length_excess_by_round"]
         panel.plot(range(1, len(biases) + 1), biases, "o-", color=color, ms=4, lw=1.8, label=f"ratio {ratio:g}")
     panel.axhline(0, color=MUTED, lw=1)
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0%}" if value else "0"))
@@ -238,7 +238,7 @@ def _draw_bounds(panel: Axes, sweep: Sweep) -> None:
             figures = sweep(Cell(ratio=2, max_staleness=limit, action=action))
             x, height = group + (index - 1) * 0.28, figures["trained_gain"]
             panel.bar(x, height, 0.26, color=ACTION_COLORS[action], label=None if group else action)
-            bias = round(100 * figures["length_bias"])
+            bias = round(100 * figures["length_excess"])
             panel.text(x, 0.05, f"{bias:+d}%" if bias else "0%", ha="center", size=8, rotation=90, color="white")
     unbounded = sweep(Cell(ratio=2))["trained_gain"]
     panel.bar(len(STALENESS_LIMITS), unbounded, 0.5, color=INK)

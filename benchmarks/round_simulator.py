@@ -12,7 +12,7 @@ What the model leaves out:
 
     KV capacity     no preemption and no eviction; `peak_kv_tokens` says when a pool would have overflowed, and the
                     adaptive over-provision is told, but nothing slows down
-    prefix sharing  every member of a group pays for its own prompt
+    prefix sharing  of the prompt within a group only, and a pool holds it once for each member
     network         routing, weight transfer and the cut itself take no time; engines hear of it at once
     chunks          a prefill is part of one step, however long; the sum of seconds is that of chunked prefill
     text            lengths are independent of the weights, of staleness and of what is accepted; nothing is filtered
@@ -50,6 +50,7 @@ class FleetConfig:
 
     Attributes:
         max_tokens: output budget of a trajectory; only the admission `longest_remaining_first` reads it.
+        block_size: of the prefix cache; `None` for an engine without one.
         kv_capacity_tokens: what the KV pool of one engine holds; see the module for what it does not do.
 
     """
@@ -63,7 +64,13 @@ class FleetConfig:
     kv_policy: KvPolicy = field(default_factory=KvPolicy)
     bound: StalenessBound = field(default_factory=StalenessBound)
     admission: AdmissionPolicy = field(default_factory=AdmissionPolicy)
+    block_size: int | None = None
     kv_capacity_tokens: int | None = None
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens of a prompt that only one member of a group computes: whole blocks, and not the last token."""
+        return 0 if self.block_size is None else max(0, self.prompt_tokens - 1) // self.block_size * self.block_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +142,7 @@ class RoundSimulator:
 
     def __post_init__(self) -> None:
         config = self.config
-        args = (config.step, config.max_num_seqs, config.prompt_tokens, config.kv_policy)
+        args = (config.step, config.max_num_seqs, config.prompt_tokens, config.shared_tokens, config.kv_policy)
         self._engines = [SimEngine(*args) for _ in range(config.num_engines)]
 
     def run_round(self) -> RoundReport:
@@ -147,7 +154,7 @@ class RoundSimulator:
         active = self.carried + fresh
         num_started = len(active) + len(self.banked)
         tokens_before = sum(group.num_tokens for group in active)
-        self._place(active)
+        self._place(fresh)
 
         complete, cut_s = self._run_until_cut([(0.0, group.serial, group) for group in self.banked])
         complete.sort(key=lambda entry: entry[:2])
@@ -189,6 +196,7 @@ class RoundSimulator:
                     group.members.clear()
                     continue
                 num_restarted += 1
+                group.born_round = self.version
                 self._begin(group, lengths)
                 carried.append(group)
         self.num_filtered += num_dropped
@@ -212,18 +220,17 @@ class RoundSimulator:
         self.num_drawn += len(lengths)
         self.drawn_tokens += sum(lengths)
 
-    def _place(self, active: list[SimGroup]) -> None:
-        """Hand each group's unfinished members to an engine, in the order of the admission policy."""
+    def _place(self, fresh: list[SimGroup]) -> None:
+        """Hand each group's unfinished members to an engine: carried ones as the admission policy says, then fresh."""
         load = [0] * len(self._engines)
-        for group in active:
-            if group.engine >= 0:
-                load[group.engine] += group.num_left
+        for group in self.carried:
+            load[group.engine] += group.num_left
         least = [(members, index) for index, members in enumerate(load)]
         heapq.heapify(least)
         queues: list[list[Member]] = [[] for _ in self._engines]
-        by_serial = {group.serial: group for group in active}
-        for candidate in self.config.admission.order(map(self._candidate, active)):
-            group = by_serial[candidate.serial]
+        carried = {group.serial: group for group in self.carried}
+        order = self.config.admission.order(map(self._candidate, self.carried))
+        for group in chain((carried[candidate.serial] for candidate in order), fresh):
             if group.engine < 0:
                 members, group.engine = least[0]
                 heapq.heapreplace(least, (members + group.num_left, group.engine))
@@ -321,6 +328,7 @@ def simulate_measured(measured: dict[str, Any]) -> list[RoundReport]:
         max_num_seqs=settings["max_num_seqs"],
         target_groups=settings["target_groups"],
         prompt_tokens=settings["prompt_tokens"],
+        block_size=settings["block_size"],
         kv_policy=KvPolicy.parse(settings["kv_policy"]),
     )
     assert all(len(row) == settings["group_size"] for row in measured["lengths"]), "a group of another size"
@@ -333,8 +341,9 @@ def validate(measured: dict[str, Any]) -> float:
 
     Args:
         measured: `step_model` (the fields of `StepModel`), `config` (`num_engines`, `max_num_seqs`, `target_groups`,
-            `group_size`, `over_provision`, `kv_policy`, `prompt_tokens`), `lengths` (of each group, in the order of
-            submission), `rounds` (one entry a round, whatever it holds), `measured_tokens_per_s` over all of them.
+            `group_size`, `over_provision`, `kv_policy`, `prompt_tokens`, `block_size`), `lengths` (of each group, in
+            the order of submission), `rounds` (one entry a round, whatever it holds), `measured_tokens_per_s` over all
+            of them.
 
     """
     reports = simulate_measured(measured)

@@ -25,9 +25,9 @@ from longtail.scheduler.staleness import StaleAction, StalenessBound
 STEP = StepModel(a_s=6e-3, b_s=2e-5, c_s=17e-9, prefill_s_per_token=34e-6)
 KV_CAPACITY_TOKENS = 955_000  # 90 per cent of 80 GB, less the weights and 2 GB
 MAX_NUM_SEQS, GROUP_SIZE, GROUPS_PER_ENGINE, PROMPT_TOKENS = 256, 8, 16, 512
-MEDIAN_TOKENS, MAX_TOKENS = 2000, 16_384
-#: A round's 400,000 tokens an engine at 45.6 GFLOP each, on the same GPU at the same 45 per cent.
-TRAIN_S = 40.0
+MEDIAN_TOKENS, MAX_TOKENS, BLOCK_SIZE = 2000, 16_384, 16
+#: 45.6 GFLOP an accepted token, on the same GPUs at the same 45 per cent.
+TRAIN_S_PER_TOKEN = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +72,7 @@ class Cell:
             max_tokens=MAX_TOKENS,
             kv_policy=KvPolicy.parse(self.kv),
             bound=StalenessBound(self.max_staleness, self.action),
+            block_size=BLOCK_SIZE,
             kv_capacity_tokens=KV_CAPACITY_TOKENS,
         )
         over: OverProvision = FixedOverProvision(self.ratio)
@@ -137,11 +138,12 @@ def measure(simulator: RoundSimulator, reports: Sequence[RoundReport], warm_up: 
     num_groups = sum(len(report.accepted) for report in counted)
     trained = sum(sum(report.trained.values()) for report in counted)
     ages: Counter[int] = sum((report.staleness for report in counted), Counter())
+    per_engine = tokens / seconds / config.num_engines
     mean_drawn = simulator.drawn_tokens / simulator.num_drawn
     target_groups = len(counted) * config.target_groups
     return {
-        "tokens_per_s": tokens / seconds / config.num_engines,
-        "tokens_per_s_with_training": tokens / (seconds + TRAIN_S * len(counted)) / config.num_engines,
+        "tokens_per_s": per_engine,
+        "tokens_per_s_with_training": 1 / (1 / per_engine + TRAIN_S_PER_TOKEN),
         "trained_tokens_per_s": trained / seconds / config.num_engines,
         "round_s": seconds / len(counted),
         "idle_share": 1 - total("slot_s") / total("peak_slot_s"),
@@ -156,8 +158,8 @@ def measure(simulator: RoundSimulator, reports: Sequence[RoundReport], warm_up: 
         "dropped_per_group": total("num_dropped") / num_groups,
         "lost_per_generated_token": total("lost_tokens") / total("generated_tokens"),
         "reprefilled_per_token": total("reprefill_tokens") / tokens,
-        "length_bias": tokens / total("accepted_trajectories") / mean_drawn - 1,
-        "length_bias_by_round": [r.accepted_tokens / r.accepted_trajectories / mean_drawn - 1 for r in reports[:12]],
+        "length_excess": tokens / total("accepted_trajectories") / mean_drawn - 1,
+        "length_excess_by_round": [r.accepted_tokens / r.accepted_trajectories / mean_drawn - 1 for r in reports[:12]],
         "peak_kv_usage": max(report.peak_kv_tokens for report in counted) / KV_CAPACITY_TOKENS,
     }
 

@@ -3,7 +3,8 @@
 A simulation of a fleet whose rounds are cut when N groups are complete, by the engine's own policies, over ratios of
 groups in flight to N, KV policies, spreads of lengths, loads, staleness bounds and sizes of the fleet.
 `round_simulator.py` says what it leaves out, `round_sweep.py` what an engine, a prompt and a length are. The baseline
-is the synchronous round: ratio 1, nothing carried. The first 8 rounds of a run are the transient and not counted.
+is the synchronous round: ratio 1, nothing carried. The first 8 rounds of any other run are the transient and not
+counted (4 where engines are compared, which has one seed).
 
 Flags besides the two of every benchmark: `--picture PATH` (.png or .svg; by default next to the JSON),
 `--measured PATH` (what `partial_rollout.py` wrote, to validate against; by default in `benchmarks/results`), and
@@ -13,8 +14,8 @@ Last line: one JSON object. By KV policy and sigma: `best_ratio_by_sigma` (the s
 best throughput of those whose KV the pool holds) and the same with training time, `best_ratio_by_sigma_with_training`;
 `throughput_gain_at_2` (accepted tokens a second over synchronous, rollout alone; median over seeds), its `_range`, and
 `throughput_gain_at_2_with_training`. By sigma, for ratio 2 and KV `fresh`: `staleness_share_at_2` (accepted tokens by
-staleness), `off_policy_share_at_2`, `length_bias_at_2` (mean length of accepted over that of all trajectories, minus
-1), `length_bias_first_round_at_2`, `idle_share_at_2` and `idle_share_at_1` (of the slots in use at an engine's peak),
+staleness), `off_policy_share_at_2`, `length_excess_at_2` (mean length of accepted over that of all trajectories, minus
+1), `length_excess_first_round_at_2`, `idle_share_at_2` and `idle_share_at_1` (of the slots in use at an engine's peak),
 `reprefilled_per_token_at_2`. `adaptive` (asked to leave 3 N groups, by sigma: groups in flight over N, gain, KV usage);
 `correlated_at_2` (gain and first-round bias when half the variance is the prompt's); `gain_at_2_by_engines`;
 `million_trajectories_seconds` (wall time until 4,096 engines have 1,000,000 trajectories accepted, ratio 2, one core);
@@ -71,7 +72,7 @@ def main() -> None:
     figures = _headline(sweep) | {
         "correlated_at_2": {
             "gain": sweep(correlated)["gain"],
-            "length_bias_first_round": sweep(correlated)["length_bias_by_round"][0],
+            "length_excess_first_round": sweep(correlated)["length_excess_by_round"][0],
         },
         "gain_at_2_by_engines": {count: fleet_sweep(cell)["gain"] for count, cell in fleets.items()},
         "million_trajectories_seconds": million_s,
@@ -108,8 +109,8 @@ def _headline(sweep: Sweep) -> dict[str, Any]:
         "throughput_gain_at_2_with_training": by_kv("gain_with_training"),
         "staleness_share_at_2": by_sigma("staleness_share"),
         "off_policy_share_at_2": by_sigma("off_policy_share"),
-        "length_bias_at_2": by_sigma("length_bias"),
-        "length_bias_first_round_at_2": {s: rounds[0] for s, rounds in by_sigma("length_bias_by_round").items()},
+        "length_excess_at_2": by_sigma("length_excess"),
+        "length_excess_first_round_at_2": {s: rounds[0] for s, rounds in by_sigma("length_excess_by_round").items()},
         "idle_share_at_1": by_sigma("idle_share", ratio=1.0),
         "idle_share_at_2": by_sigma("idle_share"),
         "reprefilled_per_token_at_2": by_sigma("reprefilled_per_token"),
@@ -154,7 +155,7 @@ _COLUMNS = (
     ("trained", "trained_gain", "{:.2f}x"), ("tokens/s", "tokens_per_s", "{:.0f}"), (" idle", "idle_share", "{:.0%}"),
     ("off-policy", "off_policy_share", "{:.0%}"), ("staleness", "mean_staleness", "{:.2f}"),
     ("in flight", "started_ratio", "{:.2f}N"), ("carried", "carried_ratio", "{:.2f}N"),
-    ("re-prefill", "reprefilled_per_token", "{:.2f}"), ("  bias", "length_bias", "{:+.1%}"),
+    ("re-prefill", "reprefilled_per_token", "{:.2f}"), ("  bias", "length_excess", "{:+.1%}"),
     ("restarted", "restarted_per_group", "{:.2f}"), ("dropped", "dropped_per_group", "{:.2f}"),
     ("masked", "masked_group_share", "{:.0%}"), ("  KV", "peak_kv_usage", "{:.0%}"),
 )  # fmt: skip

@@ -73,13 +73,17 @@ def fit_step_model(
 
 @dataclass(slots=True, eq=False)
 class SimGroup:
-    """A group of the simulation; all its members live on one engine."""
+    """A group of the simulation; all its members live on one engine, whose prefix cache has its prompt's KV.
+
+    `prompt_version` is that KV's; `None` when there is none. `born_round` is the round that its first tokens are of.
+    """
 
     serial: int
     born_round: int
     members: list[Member] = field(default_factory=list)
     num_left: int = 0
     engine: int = -1
+    prompt_version: int | None = None
 
     def begin(self, lengths: Iterable[int]) -> None:
         """(Re)start it with members of these lengths and no tokens."""
@@ -121,6 +125,9 @@ class Member:
 class SimEngine:
     """`max_num_seqs` slots that step together; waiting members enter in order when a slot is free.
 
+    Args:
+        shared_tokens: of a prompt, those that only the first of a group's members computes under a version.
+
     Attributes:
         now_s: end of the last step that counts, in seconds since the round began.
         next_s: end of the step in which the next member ends; infinite when nobody runs.
@@ -130,10 +137,13 @@ class SimEngine:
 
     """
 
-    def __init__(self, step: StepModel, max_num_seqs: int, prompt_tokens: int, kv_policy: KvPolicy) -> None:
+    def __init__(
+        self, step: StepModel, max_num_seqs: int, prompt_tokens: int, shared_tokens: int, kv_policy: KvPolicy
+    ) -> None:
         self._step = step
         self._max_num_seqs = max_num_seqs
         self._prompt_tokens = prompt_tokens
+        self._shared_tokens = shared_tokens
         self._kv_policy = kv_policy
         self.begin((), 0)
 
@@ -168,8 +178,8 @@ class SimEngine:
         return self.now_s + self._step.seconds(num_steps, len(self._running), self._context, self._new_prefill)
 
     def _step_on(self, num_steps: int, end_s: float) -> list[Member]:
-        for member in self._entered:
-            self._prefill(member)
+        for member, num_tokens in self._prefills:
+            self._prefill(member, num_tokens)
         batch = len(self._running)
         self._steps_done += num_steps
         self._context += num_steps * batch
@@ -189,14 +199,19 @@ class SimEngine:
     def _enter_phase(self) -> None:
         """Fill the slots, and find the next event. Who enters has no KV before its first step: a cut may come first."""
         self._new_prefill = 0
-        self._entered: list[Member] = []
+        self._prefills: list[tuple[Member, int]] = []
+        prompts: set[SimGroup] = set()
         while self._waiting and len(self._running) < self._max_num_seqs:
             member = self._waiting.popleft()
-            self._entered.append(member)
             self._num_admitted += 1
             self._context += self._prompt_tokens + member.done
             if not self._has_kv(member):
-                self._new_prefill += self._prompt_tokens + member.done
+                num_tokens = self._prompt_tokens + member.done
+                if member.group.prompt_version == self._version or member.group in prompts:
+                    num_tokens -= self._shared_tokens
+                prompts.add(member.group)
+                self._prefills.append((member, num_tokens))
+                self._new_prefill += num_tokens
             end_step = self._steps_done + member.length - member.done
             heapq.heappush(self._running, (end_step, self._num_admitted, member))
         self.next_s = self._time_after(self._running[0][0] - self._steps_done) if self._running else math.inf
@@ -204,11 +219,8 @@ class SimEngine:
     def _has_kv(self, member: Member) -> bool:
         return member.kv_version is not None and self._kv_policy.keeps([member.kv_version], self._version)
 
-    def _prefill(self, member: Member) -> None:
-        if self._has_kv(member):
-            return
-        num_tokens = self._prompt_tokens + member.done
+    def _prefill(self, member: Member, num_tokens: int) -> None:
         self.prefill_tokens += num_tokens
         if member.kv_version is not None:
             self.reprefill_tokens += num_tokens
-        member.kv_version = self._version
+        member.kv_version = member.group.prompt_version = self._version

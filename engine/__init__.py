@@ -9,14 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from longtail.engine.async_rollout_engine import AsyncRolloutEngine
     from longtail.engine.carry_config import CarryConfig
     from longtail.engine.config import EngineConfig, RuntimeConfig, SamplingConfig
     from longtail.engine.prompts import Prompt
-    from longtail.engine.rollout_engine import AsyncRolloutEngine, RolloutEngine
+    from longtail.engine.rollout_engine import RolloutEngine
     from longtail.engine.trajectory import CarryStats, Group, Round, RoundStats, Trajectory
 
 _HOMES = {
-    "AsyncRolloutEngine": "rollout_engine",
+    "AsyncRolloutEngine": "async_rollout_engine",
     "CarryConfig": "carry_config",
     "CarryStats": "trajectory",
     "EngineConfig": "config",

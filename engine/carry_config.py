@@ -28,10 +28,16 @@ class CarryConfig:
         max_staleness: how many versions older than the weights a token may be when its group is returned; `None` is
             without a bound.
         on_stale: beyond it, `mask` the tokens (loss mask 0), `restart` the group from its prompt, or `drop` it.
-        admission: which groups run first.
+        admission: which carried groups run first: `carried_first` (oldest tokens), `nearly_complete_first` (fewest
+            members left), `longest_remaining_first` (largest budget left) or `fifo` (order of submission). Fresh groups
+            come after them.
         target_carried: aim at so many carried groups a round, instead of a fixed `over_provision`.
         journal: file that lets carried and banked groups, the position in the prompts and the round counter survive
-            the death of every process; `None` keeps them in memory.
+            the death of every process; `None` keeps them in memory. It does not hold the weights: after a restart say
+            which the model has, by `EngineConfig.weight_version`.
+
+    Raises:
+        InvalidInputError: a value is wrong; names the attribute.
 
     """
 

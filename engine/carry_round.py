@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import msgspec
 
@@ -226,11 +227,17 @@ class CarryRound:
         if self._is_judged:
             return done
         for group in done:
-            self.judge(group.serial, [member for member in group.members if member is not None], None)
+            self.judge(group.serial, [member for member in group.members if member is not None])
         return []
 
-    def judge(self, serial: int, members: Sequence[Trajectory], rejected: str | None) -> None:
-        """The verdict on a complete group."""
+    def judge(
+        self,
+        serial: int,
+        members: Sequence[Trajectory],
+        rejected: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """The verdict on a complete group; `members` and `metadata` are how the hooks left them."""
         self._judging.discard(serial)
         group = self.store.carried.get(serial)
         if group is None or not group.is_complete:
@@ -238,7 +245,7 @@ class CarryRound:
         if rejected is not None:
             self._filter(group, rejected)
         elif self._check_age(group):
-            self.store.bank(serial, members)
+            self.store.bank(serial, members, metadata)
 
     def change_version(self, version: int) -> None:
         """The weights changed while the round runs."""

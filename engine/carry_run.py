@@ -1,83 +1,50 @@
-"""Connects rounds that carry over to an engine, to hooks, and to whoever waits for their trajectories.
+"""Connects one round that carries over, or one stream without rounds, to an engine, to hooks and to its caller.
 
-`CarryBook` is what an engine keeps between rounds; `CarryRun` is one round, or one stream without rounds. A run lives
-in the thread of its caller: what the engine and the hooks have to say comes as items of one queue, taken one by one.
+A run lives in the thread of its caller: what the engine and the hooks have to say comes as items of one queue, taken
+one by one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from longtail.engine.carry_config import CarryConfig
+from longtail.engine.carry_book import CarryBook, VersionChanged
 from longtail.engine.carry_round import CarryRound
-from longtail.engine.carry_stats import masked_round, round_stats
+from longtail.engine.carry_stats import masked, masked_round, round_stats
 from longtail.engine.config import MAX_SEED, SamplingConfig
 from longtail.engine.driver import EngineDriver
 from longtail.engine.errors import EngineDeadError, InvalidInputError
 from longtail.engine.fresh_prompts import FreshPrompts, Prepared
 from longtail.engine.group_state import GroupState
-from longtail.engine.group_store import GroupStore
-from longtail.engine.hook_points import HookPoints
-from longtail.engine.judging import HookAnswer, Inbox, Judging
+from longtail.engine.judging import HookAnswer
 from longtail.engine.prompt_source import PromptSource
 from longtail.engine.prompts import tokenize_prompts
 from longtail.engine.resumed_text import whole_text
-from longtail.engine.rounds import MemberPlan, check_arguments, segment_of
+from longtail.engine.rounds import MemberPlan, check_arguments, check_count, segment_of
 from longtail.engine.trajectory import Group, Round, Trajectory
 from longtail.engine.vllm_args import sampling_params
-from longtail.scheduler.admission import AdaptiveOverProvision, FixedOverProvision, OverProvision, RoundOutcome
-from longtail.scheduler.metadata import report_of
+from longtail.scheduler.admission import FixedOverProvision, OverProvision, RoundOutcome
+from longtail.scheduler.metadata import CUT_STOP_REASON, MAX_TARGET_GROUPS, report_of
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
     from longtail.engine.core_link import CoreLink
 
-#: How many groups a stream has in flight, unless told.
-_STREAM_GROUPS = 64
 _MAX_ID_CHARS = 160
 #: The scheduler remembers every group of a wave until the wave ends: a stream begins another one now and then.
 _MAX_WAVE_GROUPS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class VersionChanged:
-    """The engine has new weights; `EngineDriver.weight_version` says which."""
-
-
-class CarryBook:
-    """What an engine that carries groups over keeps between its rounds.
-
-    Raises:
-        JournalError: the journal can't be used.
-
-    """
-
-    def __init__(self, config: CarryConfig, hooks: HookPoints | None) -> None:
-        self.config = config
-        self.hooks = hooks
-        self.inbox = Inbox()
-        self.store = GroupStore(config.journal)
-        self.judging = None if hooks is None else Judging(hooks, self.inbox)
-        self.adaptive = None if config.target_carried is None else AdaptiveOverProvision(config.target_carried)
-        self.leftover: list[Any] = []
-        self.is_busy = False
-
-    def close(self) -> None:
-        """Give up the journal."""
-        self.store.close()
-
-
 class CarryRun:
-    """One round over a book, or (`target_groups=None`) a stream of groups.
+    """One round over a book, or (`target_groups=None`) a stream of groups with `num_groups` in flight.
 
     Raises:
         InvalidInputError: an argument is wrong, or another round of the book runs; nothing was submitted.
@@ -95,10 +62,12 @@ class CarryRun:
         over_provision: float | None,
         sampling: SamplingConfig,
         round_id: str | None,
-        num_groups: int = _STREAM_GROUPS,
+        num_groups: int = 0,
     ) -> None:
         engine = driver.engine
         self.round_id = check_arguments(group_size, target_groups, over_provision, sampling, round_id, engine.tokenizer)
+        if target_groups is None:
+            check_count("num_groups", num_groups, MAX_TARGET_GROUPS)
         if len(self.round_id) > _MAX_ID_CHARS:
             raise InvalidInputError("round_id", f"at most {_MAX_ID_CHARS} characters", round_id)
         if over_provision is not None and book.adaptive is not None:
@@ -191,8 +160,9 @@ class CarryRun:
             case VersionChanged():
                 self._note_version()
             case Prepared():
-                for prompts in self._fresh.take(item, self._book.store.totals.cursor):
-                    self._add_fresh(prompts)
+                with self._discarding_unfit():
+                    for prompts in self._fresh.take(item, self._book.store.totals.cursor):
+                        self._add_fresh(prompts)
             case _:
                 ended = self._take_output(item)
         self._judge(self._round.complete())
@@ -279,18 +249,22 @@ class CarryRun:
         if found is None:
             return []
         plan, serial = found
+        (completion,) = output.outputs
+        if completion.finish_reason == "abort" and completion.stop_reason != CUT_STOP_REASON:
+            # Nobody here asked for it, and it has no report: its group goes on from what the store has.
+            raise EngineDeadError("rollout", "it aborted a member that was not cut, as when it is told to shut down")
         segment = segment_of(plan, output)
         report = report_of(output.kv_transfer_params)
         if plan.prior is not None and segment.ended_by_itself:
             segment = self._with_whole_text(plan, segment)
         whole = self._round.end(output.request_id, segment, 0 if report is None else report.num_computed_tokens)
-        if whole.was_cut:
+        if whole.was_cut and plan.metadata.round == self._waves[-1]:
             self._wave_is_open = False
         if not whole.ended_by_itself:
             return []
         if self._book.judging is not None and (group := self._book.store.carried.get(serial)) is not None:
             self._book.judging.see_member(group, plan.index)
-        return [whole]
+        return [masked(whole, self._book.config.bound, self._round.version)]
 
     def _take_answer(self, answer: HookAnswer) -> None:
         assert self._book.judging is not None
@@ -302,7 +276,7 @@ class CarryRun:
         for index, member in members.items():
             self._round.replace_member(serial, index, member)
         if verdict is not None:
-            self._round.judge(serial, verdict.group.trajectories, verdict.rejected)
+            self._round.judge(serial, verdict.group.trajectories, verdict.rejected, verdict.group.metadata)
 
     def _judge(self, groups: Sequence[GroupState]) -> None:
         for group in groups:
@@ -321,12 +295,22 @@ class CarryRun:
         self._start(self._round.waiting()[:missing])
         missing = self._num_groups - self._round.num_in_play - self._fresh.num_preparing
         if missing > 0:
-            self._add_fresh(self._fresh.draw(missing))
+            with self._discarding_unfit():
+                self._add_fresh(self._fresh.draw(missing))
 
     def _close_wave(self) -> None:
         if self._wave_is_open:
             self._wave_is_open = False
             self._driver.call_later(self._close_waves)
+
+    @contextlib.contextmanager
+    def _discarding_unfit(self) -> Iterator[None]:
+        try:
+            yield
+        except InvalidInputError:
+            engine = self._driver.engine
+            self._fresh.discard_unfit(self._group_size, engine.tokenizer, engine.limits)
+            raise
 
     def _add_fresh(self, prompts: Sequence[Any]) -> None:
         if not prompts:
@@ -343,7 +327,7 @@ class CarryRun:
                 raise InvalidInputError("sampling.seed", f"room for {self._group_size} seeds", group.seed)
         self._round.add_fresh(groups, first + len(groups))
         self._fresh.source.submitted(len(groups))
-        if not self._round.is_full:
+        if not self._round.is_full and self._num_groups:
             self._start(groups)
 
     def _start(self, groups: Sequence[GroupState]) -> None:
@@ -363,7 +347,8 @@ class CarryRun:
         if tokenizer is None or plan.prior is None:
             return segment
         token_ids = plan.prior.output_token_ids + segment.output_token_ids
-        text = whole_text(tokenizer, plan, token_ids, sampling_params(plan), segment.finish_reason)
+        is_at_end_token = segment.finish_reason == "stop" and not isinstance(segment.stop_reason, str)
+        text = whole_text(tokenizer, plan, token_ids, sampling_params(plan), is_at_end_token=is_at_end_token)
         return msgspec.structs.replace(segment, text=text or None)
 
     def _drop_refused(self) -> None:

@@ -14,13 +14,15 @@ from longtail.engine.trajectory import CarryStats, Group, Round, RoundStats, Tra
 from longtail.scheduler.staleness import StalenessBound, histogram
 
 
+def masked(trajectory: Trajectory, bound: StalenessBound, version: int) -> Trajectory:
+    """The trajectory with loss mask 0 for every token that is beyond the bound under weights of `version`."""
+    mask = bound.mask(trajectory.loss_mask, token_spans(trajectory), version)
+    return msgspec.structs.replace(trajectory, loss_mask=mask)
+
+
 def masked_group(group: Group, bound: StalenessBound, version: int) -> Group:
-    """The group with loss mask 0 for every token that is beyond the bound under weights of `version`."""
-    members = [
-        msgspec.structs.replace(t, loss_mask=bound.mask(t.loss_mask, token_spans(t), version))
-        for t in group.trajectories
-    ]
-    return msgspec.structs.replace(group, trajectories=members)
+    """The group with `masked` trajectories."""
+    return msgspec.structs.replace(group, trajectories=[masked(t, bound, version) for t in group.trajectories])
 
 
 def masked_round(round_: Round, bound: StalenessBound, version: int) -> Round:

@@ -95,7 +95,8 @@ class EngineConfig:
         enforce_eager: no compilation and no graphs; by default true on a CPU only.
         load_tokenizer: false for token-in token-out only (no text, chat or stop strings).
         seed: of the engine; a request's own seed is in `SamplingConfig`.
-        weight_version: version of the checkpoint's weights; each later update has a version of its own.
+        weight_version: version of the checkpoint's weights, which staleness is counted from; each later update has a
+            version of its own. Not below those that the journal of `carry` has tokens of.
         carry: let rounds leave unfinished groups to the next one; `None` returns them cut.
         start_timeout_s: bound on the start of the engine.
         stall_timeout_s: bound on one engine step; a round whose engine makes no step for so long fails.
@@ -163,7 +164,7 @@ class SamplingConfig:
         stop_token_ids: token ids that end a trajectory, besides the model's own end token.
         ignore_eos: go on past the model's end token.
         seed: member `i` of group `g` of a round samples with `seed + g * group_size + i`; `None` draws from the
-            engine's stream.
+            engine's stream. Of rounds that carry over, `g` counts the groups of the whole run.
 
     """
 

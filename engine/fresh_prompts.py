@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
+from longtail.engine.errors import InvalidInputError
 from longtail.engine.hook_points import HookPoints
 from longtail.engine.judging import Inbox
 from longtail.engine.prompt_source import PromptSource
-from longtail.engine.prompts import Prompt, as_prompt
+from longtail.engine.prompts import Prompt, PromptLimits, Tokenizer, as_prompt, tokenize_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,22 @@ class FreshPrompts:
             cursor += len(batch.prompts)
             self.num_preparing -= len(batch.prompts)
             yield [prompt.result() for prompt in batch.prompts]
+
+    def discard_unfit(self, group_size: int, tokenizer: Tokenizer | None, limits: PromptLimits) -> None:
+        """Forget the prompts of an iterator that ended the round: they would end the next one as well."""
+        names: set[str] = set()
+
+        def is_unfit(value: Any) -> bool:
+            try:
+                prompt = as_prompt(value, "prompt")
+                tokenize_prompts([prompt], group_size, tokenizer, limits)
+            except InvalidInputError:
+                return True
+            is_doubled = prompt.group_id in names
+            names.update(() if prompt.group_id is None else (prompt.group_id,))
+            return is_doubled
+
+        self.source.discard(is_unfit)
 
     def _prepare(self, hooks: HookPoints, prompts: Sequence[Prompt], first: int) -> None:
         prepared = Prepared([hooks.prepare(prompt) for prompt in prompts], first, self.source)

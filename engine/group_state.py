@@ -6,6 +6,8 @@ member that was cut is a `Trajectory` like any other, with `finish_reason="abort
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from longtail.engine.config import SamplingConfig
@@ -22,11 +24,13 @@ class GroupState(msgspec.Struct, kw_only=True):
 
     Attributes:
         serial: place in the order of submission, unique in its store.
-        round_no: number of the round that it began in, `round_id` its id.
+        round_no: number of the round that its first tokens are of: it began, or began again, in it.
+        round_id: id of the round that it first began in.
         seed: of its first member; the others count up. `None` draws from the engine's stream.
         members: what each member has, by index; `None` for one that has not run.
         num_computed: by index, for how many tokens there was KV when the member was stopped.
         num_restarts: how often it began again from the prompt.
+        metadata: what a hook made of the prompt's; `None` leaves it.
 
     """
 
@@ -40,6 +44,7 @@ class GroupState(msgspec.Struct, kw_only=True):
     members: list[Trajectory | None]
     num_computed: list[int]
     num_restarts: int = 0
+    metadata: dict[str, Any] | None = None
 
     @staticmethod
     def new(
@@ -102,11 +107,13 @@ class GroupState(msgspec.Struct, kw_only=True):
             num_tokens_left=sum(self.budget(index) - self.num_tokens(index) for index in unfinished),
         )
 
-    def restart(self) -> None:
-        """Forget every token."""
+    def restart(self, round_no: int) -> None:
+        """Forget every token; it is as young as a fresh group of round `round_no`."""
+        self.round_no = round_no
         self.members = [None] * self.group_size
         self.num_computed = [0] * self.group_size
         self.num_restarts += 1
+        self.metadata = None
 
     def plans(self, wave_id: str, target_groups: int, *, kv_policy: str, park: bool) -> list[MemberPlan]:
         """What to submit so that the unfinished members, all of which have budget left, go on."""
@@ -132,7 +139,7 @@ class GroupState(msgspec.Struct, kw_only=True):
                 ),
                 seed=None if self.seed is None else self.seed + index,
                 max_tokens=self.budget(index) - self.num_tokens(index),
-                trajectory_id=f"{self.round_id}/{self.prompt.group_id}/{index}",
+                trajectory_id=f"{self.round_id}/{attempt}/{index}",
                 index=index,
                 prior=self.members[index],
             )
@@ -147,7 +154,7 @@ class GroupState(msgspec.Struct, kw_only=True):
                 msgspec.structs.replace(member, round_id=round_id) for member in self.members if member is not None
             ],
             complete=self.is_complete,
-            metadata=self.prompt.metadata,
+            metadata=self.prompt.metadata if self.metadata is None else self.metadata,
             rejected=rejected,
         )
 

@@ -4,8 +4,9 @@ A group is in exactly one place: *carried* (it runs or will go on), *banked* (co
 returned), *returned* (in a round whose receipt is not known) or counted as accepted or filtered. Every change is a
 record that is in the journal, if there is one, before it is made here; reading the records again gives the same store.
 
-Records that may be lost are written with the next that may not, or a second later: a trajectory whose end is lost in a
-crash runs again. What `flush`, `submit` and `end_round` return from is on the disk.
+The end of a trajectory, and what is said of a group, is written with the next record that may not be lost, or with the
+first that comes a second later: what a crash takes of it runs again, or is judged again. All else is on the disk when
+its method returns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import msgspec
 from msgspec.structs import replace
 
 from longtail.engine.errors import InvalidInputError
-from longtail.engine.group_state import GroupState
+from longtail.engine.group_state import GroupState, token_spans
 from longtail.engine.journal import Journal, JournalError
 from longtail.engine.trajectory import Round, Trajectory
 
@@ -62,6 +63,7 @@ class _Filtered(_Record, frozen=True):
 class _Banked(_Record, frozen=True):
     serial: int
     members: list[Trajectory]
+    metadata: dict[str, Any] | None = None
 
 
 class _RoundBegan(_Record, frozen=True):
@@ -98,7 +100,6 @@ class StoreTotals(msgspec.Struct):
         cursor: prompts taken from the caller's.
         num_rounds: rounds begun.
         num_submitted: groups; always `num_accepted + num_filtered` and those that are carried and banked.
-        num_restarts: groups begun again from the prompt.
 
     """
 
@@ -107,7 +108,6 @@ class StoreTotals(msgspec.Struct):
     num_submitted: int = 0
     num_accepted: int = 0
     num_filtered: int = 0
-    num_restarts: int = 0
 
 
 class GroupStore:
@@ -157,6 +157,13 @@ class GroupStore:
         yield from self.banked.values()
         yield from self.carried.values()
 
+    def versions(self) -> Iterator[int]:
+        """The weight version of every run of tokens that is here, and in the round to give again."""
+        for group in self.groups():
+            yield from (version for version, _, _ in group.token_spans())
+        for trajectory in () if self.recovered is None else self.recovered.trajectories:
+            yield from (version for version, _, _ in token_spans(trajectory))
+
     def check(self) -> None:
         """Every submitted group is in exactly one place."""
         totals = self.totals
@@ -182,14 +189,14 @@ class GroupStore:
         """A carried or banked group is refused."""
         self._commit(_Filtered(serial, reason))
 
-    def bank(self, serial: int, members: Sequence[Trajectory]) -> None:
-        """A carried group is complete and accepted; `members` is how the hooks left it."""
-        self._commit(_Banked(serial, list(members)))
+    def bank(self, serial: int, members: Sequence[Trajectory], metadata: dict[str, Any] | None = None) -> None:
+        """A carried group is complete and accepted; `members` and `metadata` are how the hooks left it."""
+        self._commit(_Banked(serial, list(members), metadata))
 
     def begin_round(self) -> int:
         """The next round's number. The last round was received, as its receiver goes on."""
         assert self.recovered is None, "its caller gets it first"
-        self._commit(_RoundBegan(self.totals.num_rounds + 1))
+        self._commit(_RoundBegan(self.totals.num_rounds + 1), durable=True)
         self._compact_if_large()
         return self.totals.num_rounds
 
@@ -202,7 +209,7 @@ class GroupStore:
 
     def take(self, serial: int) -> None:
         """A caller has received a banked group outside a round."""
-        self._commit(_Taken(serial))
+        self._commit(_Taken(serial), durable=True)
         self._compact_if_large()
 
     def flush(self) -> None:
@@ -232,6 +239,10 @@ class GroupStore:
                         # It is not made; what may be lost waits for the next try.
                         self._unwritten.pop()
                         raise
+                except BaseException:
+                    # Interrupted: whether the file has it is not known. A new process reads what there is.
+                    self._journal.close()
+                    raise
         self._apply(record)
 
     def _apply(self, record: _Record) -> None:
@@ -246,15 +257,14 @@ class GroupStore:
                 group.num_computed[index] = num_computed
             case _Restarted(serial):
                 group = self._remove(serial)
-                group.restart()
+                group.restart(self.totals.num_rounds)
                 self.carried[serial] = group
-                self.totals.num_restarts += 1
             case _Filtered(serial, _):
                 self._remove(serial)
                 self.totals.num_filtered += 1
-            case _Banked(serial, members):
+            case _Banked(serial, members, metadata):
                 group = self.carried.pop(serial)
-                group.members = list(members)
+                group.members, group.metadata = list(members), metadata
                 self.banked[serial] = group
             case _RoundBegan(round_no):
                 self.totals.num_rounds = round_no
@@ -287,7 +297,10 @@ class GroupStore:
                 raise JournalError(
                     journal.path, f"record {number} is not one of a longtail store ({error!r})"
                 ) from error
-        self.check()
+        try:
+            self.check()
+        except AssertionError as error:
+            raise JournalError(journal.path, f"its records do not add up: {error}") from error
         if self.recovered is not None:
             groups = [group.group(self.recovered.round_id) for group in self._returned.values()]
             self.recovered = replace(self.recovered, groups=groups)

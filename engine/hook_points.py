@@ -1,8 +1,9 @@
 """Where the engine calls hooks, and what it expects back.
 
 The engine knows this protocol and nothing of what hooks do; `longtail.hooks` has the implementation that recipes use.
-Every call returns at once with a future, so that no hook, however slow, holds up a step or a round: a group that is
-complete but not judged yet when its round ends is judged while the next one runs.
+Every call returns at once with a future, so that no hook, however slow, holds up a step. A round waits for the verdicts
+that it needs, and for no other: a group that is complete but not judged yet when its round ends is judged while the
+next one runs.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from zlib import crc32
 
 import msgspec
 
+from longtail.engine.durable_files import sync_folder
 from longtail.engine.errors import InvalidInputError, LongtailError
 
 __all__ = ["MAX_FRAME_BYTES", "Journal", "JournalError"]
@@ -105,7 +106,7 @@ class Journal:
             try:
                 self._recover(descriptor)
                 self._new_path.unlink(missing_ok=True)
-                _sync_folder(self.path)
+                sync_folder(self.path)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -180,7 +181,7 @@ class Journal:
                 os.close(old)
         # Until this is done a power loss brings the old file back, and what the new one got would be gone.
         with self._os_errors("could not be renamed durably", break_journal=True):
-            _sync_folder(self.path)
+            sync_folder(self.path)
 
     def close(self) -> None:
         """Release the file; safe to repeat."""
@@ -304,11 +305,3 @@ def _open_locked(path: Path, timeout_s: float) -> int:
         if time.monotonic() >= deadline:
             raise JournalError(path, f"expected to be its only user, another one still had it after {timeout_s:g} s")
         time.sleep(_LOCK_POLL_S)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

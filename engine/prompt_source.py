@@ -7,8 +7,8 @@ goes on where it was.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 from longtail.engine.errors import InvalidInputError
@@ -24,7 +24,7 @@ class PromptSource:
         is_durable: the position survives a restart, which an iterator's can't.
 
     Raises:
-        InvalidInputError: `prompts` is neither.
+        InvalidInputError: `prompts` is neither, or a sequence that ends before the position.
 
     """
 
@@ -36,6 +36,9 @@ class PromptSource:
         self._iterator: Iterator[Any] | None = None
         is_text = isinstance(prompts, (str, bytes, Mapping))
         if not is_text and hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__"):
+            if len(prompts) < cursor:
+                what = f"the sequence that earlier rounds took {cursor} prompts of, or an iterator (`iter(...)`)"
+                raise InvalidInputError("prompts", what, f"{len(prompts)} prompts")
             self._sequence = prompts
         elif isinstance(prompts, Iterator) and not is_durable:
             self._iterator = prompts
@@ -50,15 +53,24 @@ class PromptSource:
             stop = min(self.cursor + count, len(self._sequence))
             drawn = [self._sequence[position] for position in range(self.cursor, stop)]
         else:
-            drawn = [self._leftover.popleft() for _ in range(min(count, len(self._leftover)))]
-            drawn += islice(self._iterator, count - len(drawn))
-            self._unsubmitted += drawn
+            drawn = []
+            for prompt in islice(chain(self._take_leftover(), self._iterator), count):
+                self._unsubmitted.append(prompt)  # one by one: the iterator may raise
+                drawn.append(prompt)
         self.cursor += len(drawn)
         return drawn
 
     def submitted(self, count: int) -> None:
         """The first `count` prompts that were drawn and not submitted yet are submitted now."""
         del self._unsubmitted[:count]
+
+    def discard(self, is_unfit: Callable[[Any], bool]) -> None:
+        """Forget what an iterator gave and can't be submitted: it would come first again in every round."""
+        self._unsubmitted = [prompt for prompt in self._unsubmitted if not is_unfit(prompt)]
+
+    def _take_leftover(self) -> Iterator[Any]:
+        while self._leftover:
+            yield self._leftover.popleft()
 
     @property
     def unsubmitted(self) -> list[Any]:

@@ -90,6 +90,8 @@ def tokenize_prompts(
             raise InvalidInputError(f"{where}.group_id", "an id that no other prompt of the round has", group_id)
         if not isinstance(prompt.metadata, Mapping):
             raise InvalidInputError(f"{where}.metadata", "an object", prompt.metadata)
+        if not all(isinstance(key, str) for key in prompt.metadata):
+            raise InvalidInputError(f"{where}.metadata", "strings for keys", prompt.metadata)
         seen.add(group_id)
         checked.append(
             TokenPrompt(

@@ -12,7 +12,9 @@ from typing import Any
 from longtail.engine.rounds import MemberPlan
 
 
-def whole_text(tokenizer: Any, plan: MemberPlan, output_token_ids: list[int], params: Any, finish_reason: str) -> str:
+def whole_text(
+    tokenizer: Any, plan: MemberPlan, output_token_ids: list[int], params: Any, *, is_at_end_token: bool
+) -> str:
     """Detokenize `output_token_ids`, all that a trajectory has; `params` are vLLM's for its last request."""
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
@@ -25,7 +27,6 @@ def whole_text(tokenizer: Any, plan: MemberPlan, output_token_ids: list[int], pa
     detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, source)
     # An end token has no text, a stop string is found in the text: vLLM tells the detokenizer of the first only.
     for position, token_id in enumerate(output_token_ids, start=1):
-        is_end = position == len(output_token_ids) and finish_reason == "stop" and token_id in whole.all_stop_token_ids
-        if detokenizer.update([token_id], is_end) is not None:
+        if detokenizer.update([token_id], is_at_end_token and position == len(output_token_ids)) is not None:
             break
     return detokenizer.get_next_output_text(True, False)

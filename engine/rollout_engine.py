@@ -1,4 +1,4 @@
-"""`RolloutEngine` and `AsyncRolloutEngine`: rollouts in a trainer's own process.
+"""`RolloutEngine`: rollouts in a trainer's own process; `async_rollout_engine.py` is the same for asyncio.
 
 Both are thin: their streams wait for what `EngineDriver` delivers, one with a queue and one with an event loop. Every
 method checks its arguments before anything is submitted, and every wait is bounded by the configuration's timeouts.
@@ -8,22 +8,21 @@ They are not thread-safe against `close()`, but several rounds may run at once, 
 
 from __future__ import annotations
 
-import asyncio
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from longtail.engine.carry_run import CarryBook, CarryRun, VersionChanged
+from longtail.engine.carry_book import CarryBook, VersionChanged
+from longtail.engine.carry_run import CarryRun
 from longtail.engine.config import EngineConfig, SamplingConfig
 from longtail.engine.driver import EngineDriver
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.hook_points import HookPoints
 from longtail.engine.prompts import Tokenizer
 from longtail.engine.round_run import RoundProgress, RoundRun
-from longtail.engine.round_stream import AsyncGroupStream, AsyncRoundStream, GroupStream, RoundStream
+from longtail.engine.round_stream import GroupStream, RoundStream
 from longtail.engine.trajectory import Round, Trajectory
 from longtail.engine.weights import change_weights, checked_checkpoint, checked_version
 
@@ -31,14 +30,14 @@ if TYPE_CHECKING:
     from longtail.engine.core_link import CoreLink
 
 
-class _Engine:
+class EngineAndBook:
     """What the two facades have in common: one driver, and what is kept between rounds."""
 
     def __init__(self, config: EngineConfig, hooks: HookPoints | None) -> None:
         if hooks is not None and config.carry is None:
             raise InvalidInputError("hooks", "EngineConfig.carry with them, whose rounds call them", hooks)
         self.hooks = hooks
-        self.book = None if config.carry is None else CarryBook(config.carry, hooks)
+        self.book = None if config.carry is None else CarryBook(config.carry, hooks, config.weight_version)
         try:
             self.driver = EngineDriver(config)
         except BaseException:
@@ -104,6 +103,10 @@ class _Engine:
         done.set_result(None)
         return done
 
+    def counters(self) -> Future[dict[str, Any]]:
+        """The scheduler's counters."""
+        return self.driver.call_later(lambda link: link.rpc("counters"))
+
     def close(self) -> None:
         """Stop the engine, then give up the journal."""
         try:
@@ -128,7 +131,7 @@ class RolloutEngine:
 
     def __init__(self, config: EngineConfig | str, hooks: HookPoints | None = None) -> None:
         self.config = EngineConfig(model=config) if isinstance(config, str) else config
-        self._engine = _Engine(self.config, hooks)
+        self._engine = EngineAndBook(self.config, hooks)
         self._driver = self._engine.driver
 
     def __enter__(self) -> Self:
@@ -169,7 +172,8 @@ class RolloutEngine:
     ) -> Round:
         """Collect one round and return it whole.
 
-        The arguments are those of `stream_trajectories`; `on_trajectory` is called with each trajectory as it finishes.
+        Arguments and errors are those of `stream_trajectories`; `on_trajectory` is called with each trajectory as it
+        finishes.
         """
         stream = self.stream_trajectories(
             prompts,
@@ -198,7 +202,7 @@ class RolloutEngine:
         carry: bool = True,
         on_progress: Callable[[RoundProgress], None] | None = None,
     ) -> RoundStream:
-        """Submit one round; iterate over its trajectories as they finish.
+        """Submit one round; iterate over its trajectories as they finish, before any hook has seen them.
 
         With `EngineConfig.carry` the round begins with the groups that earlier rounds left, unfinished ones and
         complete ones, and takes as many fresh prompts as it needs besides; it returns exactly `target_groups` groups
@@ -212,8 +216,8 @@ class RolloutEngine:
             target_groups: end the round when so many groups are complete; all of them by default. Every other
                 member is stopped in that very step and returned with what it has, `finish_reason="abort"`; a round
                 that carries over keeps them.
-            over_provision: have `ceil(over_provision * target_groups)` groups in flight; of a round that does not
-                carry over, use that many of the prompts only.
+            over_provision: have `ceil(over_provision * target_groups)` groups in flight, 1 by default; not together
+                with `CarryConfig.target_carried`. A round that does not carry over uses only so many of the prompts.
             sampling: how every member is sampled.
             round_id: unique among the engine's running rounds; random by default.
             carry: false for a round of its own, such as an evaluation, in an engine that carries over.
@@ -222,7 +226,10 @@ class RolloutEngine:
         Raises:
             InvalidInputError: an argument is wrong; nothing was submitted.
             EngineDeadError: the engine is dead or closed.
-            JournalError: the groups could not be written to the journal; nothing was submitted.
+            EngineTimeoutError: it made no step for `stall_timeout_s`.
+            JournalError: the journal could not be written. Groups that it does not have were not submitted, and a round
+                that it does not have is not returned.
+            HookError: a hook failed whose outcome is to end the round.
 
         """
         run = self._engine.run(
@@ -253,7 +260,7 @@ class RolloutEngine:
             sampling: how every member is sampled.
 
         Raises:
-            InvalidInputError: an argument is wrong; nothing was submitted.
+            Exception: those of `stream_trajectories`.
 
         """
         run = self._engine.stream(prompts, group_size=group_size, num_groups=num_groups, sampling=sampling)
@@ -264,10 +271,10 @@ class RolloutEngine:
 
         Args:
             checkpoint: a folder with safetensors files.
-            version: one more than the current one by default.
+            version: above the current one; one more by default.
 
         Raises:
-            InvalidInputError: there are no weights, or the version is the current one.
+            InvalidInputError: there are no weights, or the version is not above the current one.
             Exception: what vLLM says of weights that do not fit, or a hook failed with.
 
         """
@@ -276,146 +283,18 @@ class RolloutEngine:
         return new
 
     def declare_weights(self, version: int | None = None) -> int:
-        """Say that you have changed the weights yourself, by vLLM's weight transfer for one; see `load_weights`."""
+        """Say that you have changed the weights yourself; see `load_weights`.
+
+        Nothing may run between the change and this: tokens in between would have the old version.
+        """
         new = self._driver.wait(self._engine.change_weights(version, None), "the new version")
         self._driver.wait(self._engine.tell_hooks(new), "the hooks for new weights")
         return new
 
     def counters(self) -> dict[str, Any]:
         """The scheduler's counters: rounds, cuts, cut members, kept tokens, free blocks, queues, parked KV."""
-        return self._driver.wait(self._driver.call_later(_counters), "the scheduler's counters")
+        return self._driver.wait(self._engine.counters(), "the scheduler's counters")
 
     def close(self) -> None:
         """Stop the engine. Safe to call twice."""
         self._engine.close()
-
-
-class AsyncRolloutEngine:
-    """`RolloutEngine` for asyncio; the same arguments, results and errors.
-
-    Start it with `async with AsyncRolloutEngine(config) as engine`, so that the model loads off the event loop.
-    """
-
-    def __init__(self, config: EngineConfig | str, hooks: HookPoints | None = None) -> None:
-        self.config = EngineConfig(model=config) if isinstance(config, str) else config
-        self._hooks = hooks
-        self._started: _Engine | None = None
-
-    async def __aenter__(self) -> Self:
-        is_left = threading.Event()
-
-        def start() -> None:
-            self._started = _Engine(self.config, self._hooks)
-            if is_left.is_set():
-                self._started.close()
-
-        try:
-            await asyncio.to_thread(start)
-        except BaseException:
-            is_left.set()
-            await self.close()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    @property
-    def weight_version(self) -> int:
-        """See `RolloutEngine.weight_version`."""
-        return self._engine.driver.weight_version
-
-    async def rollout(
-        self,
-        prompts: Any,
-        *,
-        group_size: int = 1,
-        target_groups: int | None = None,
-        over_provision: float | None = None,
-        sampling: SamplingConfig = SamplingConfig(),
-        round_id: str | None = None,
-        carry: bool = True,
-    ) -> Round:
-        """See `RolloutEngine.rollout`."""
-        stream = self.stream_trajectories(
-            prompts,
-            group_size=group_size,
-            target_groups=target_groups,
-            over_provision=over_provision,
-            sampling=sampling,
-            round_id=round_id,
-            carry=carry,
-        )
-        async for _ in stream:
-            pass
-        return stream.round
-
-    def stream_trajectories(
-        self,
-        prompts: Any,
-        *,
-        group_size: int = 1,
-        target_groups: int | None = None,
-        over_provision: float | None = None,
-        sampling: SamplingConfig = SamplingConfig(),
-        round_id: str | None = None,
-        carry: bool = True,
-    ) -> AsyncRoundStream:
-        """See `RolloutEngine.stream_trajectories`; `async for` over the result."""
-        engine = self._engine
-        run = engine.run(
-            prompts,
-            group_size=group_size,
-            target_groups=target_groups,
-            over_provision=over_provision,
-            sampling=sampling,
-            round_id=round_id,
-            carry=carry,
-        )
-        return AsyncRoundStream(engine.driver, run)
-
-    def stream(
-        self,
-        prompts: Any,
-        *,
-        group_size: int = 1,
-        num_groups: int = 64,
-        sampling: SamplingConfig = SamplingConfig(),
-    ) -> AsyncGroupStream:
-        """See `RolloutEngine.stream`; `async for` over the result."""
-        engine = self._engine
-        run = engine.stream(prompts, group_size=group_size, num_groups=num_groups, sampling=sampling)
-        return AsyncGroupStream(engine.driver, run)
-
-    async def load_weights(self, checkpoint: str | os.PathLike[str], version: int | None = None) -> int:
-        """See `RolloutEngine.load_weights`."""
-        new = await asyncio.wrap_future(self._engine.change_weights(version, checkpoint))
-        await asyncio.wrap_future(self._engine.tell_hooks(new))
-        return new
-
-    async def declare_weights(self, version: int | None = None) -> int:
-        """See `RolloutEngine.declare_weights`."""
-        new = await asyncio.wrap_future(self._engine.change_weights(version, None))
-        await asyncio.wrap_future(self._engine.tell_hooks(new))
-        return new
-
-    async def counters(self) -> dict[str, Any]:
-        """See `RolloutEngine.counters`."""
-        return await asyncio.wrap_future(self._engine.driver.call_later(_counters))
-
-    async def close(self) -> None:
-        """Stop the engine. Safe to call twice."""
-        if self._started is not None:
-            await asyncio.to_thread(self._started.close)
-
-    @property
-    def _engine(self) -> _Engine:
-        if self._started is None:
-            raise RuntimeError("use it as `async with AsyncRolloutEngine(config) as engine`")
-        return self._started
-
-
-def _counters(link: CoreLink) -> dict[str, Any]:
-    return link.rpc("counters")

@@ -143,13 +143,14 @@ class GroupStream:
         """Cut what runs, wait until its tokens are here, and keep them. Safe to call twice."""
         if self._run.has_ended:
             return
-        _acknowledge(self)
-        self._run.stop()
         deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         try:
+            self._run.stop()
+            _acknowledge(self)
             while self._run.is_stopping and time.monotonic() < deadline:
                 self._run.take(self._wait())
-            self._run.end()
+            if not self._run.is_stopping:
+                self._run.end()
         finally:
             self._run.cancel()
 
@@ -255,13 +256,14 @@ class AsyncGroupStream:
         """See `GroupStream.close`."""
         if self._run.has_ended:
             return
-        _acknowledge(self)
-        self._run.stop()
         try:
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                while self._run.is_stopping:
-                    self._run.take(await self._items.get())
-            self._run.end()
+            self._run.stop()
+            _acknowledge(self)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    while self._run.is_stopping:
+                        self._run.take(await self._items.get())
+                    self._run.end()
         finally:
             self._run.cancel()
 

@@ -166,7 +166,7 @@ def check_arguments(
     """
     if not isinstance(sampling, SamplingConfig):
         raise InvalidInputError("sampling", "a SamplingConfig", sampling)
-    _check_count("group_size", group_size, MAX_GROUP_SIZE)
+    check_count("group_size", group_size, MAX_GROUP_SIZE)
     if sampling.stop and tokenizer is None:
         raise InvalidInputError("sampling.stop", "no stop strings, because this engine has no tokenizer", sampling.stop)
     if round_id is None:
@@ -174,7 +174,7 @@ def check_arguments(
     elif not isinstance(round_id, str) or not 0 < len(round_id) <= MAX_ID_CHARS:
         raise InvalidInputError("round_id", f"1 to {MAX_ID_CHARS} characters", round_id)
     if target_groups is not None:
-        _check_count("target_groups", target_groups, MAX_TARGET_GROUPS)
+        check_count("target_groups", target_groups, MAX_TARGET_GROUPS)
     if over_provision is not None:
         number = isinstance(over_provision, (int, float)) and not isinstance(over_provision, bool)
         if not number or not math.isfinite(over_provision) or over_provision < 1:
@@ -182,7 +182,8 @@ def check_arguments(
     return round_id
 
 
-def _check_count(name: str, value: object, high: int) -> None:
+def check_count(name: str, value: object, high: int) -> None:
+    """`value` is an integer from 1 to `high`, or `InvalidInputError`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
         raise InvalidInputError(name, f"an integer in [1, {high}]", value)
 

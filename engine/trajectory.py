@@ -15,12 +15,12 @@ from longtail.scheduler.metadata import CUT_STOP_REASON
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
+#: In a source mask; 0 is a token that the environment appended.
 MODEL_TOKEN = 1
-ENVIRONMENT_TOKEN = 0
 
 
 class VersionSpan(msgspec.Struct, frozen=True):
-    """Output tokens `[start, end)` were sampled under weight `version` (vLLM's `weight_versions`)."""
+    """Output tokens `[start, end)` were sampled under weight `version`, a decimal number (vLLM's `weight_versions`)."""
 
     version: str
     start: int
@@ -41,8 +41,9 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         kv_versions: spans over the positions whose KV was there when its first token was sampled; the KV of the
             segment's own tokens has the version that the tokens have. One span with the token's version is what
-            a trainer recomputes; anything else is the KV policy `stale`, and off-policy in a way that a ratio of
-            token probabilities does not show.
+            a trainer recomputes; anything else is KV of older weights (policy `stale`, or a shared prefix): no
+            recomputation gives `logprobs` again, but they are what the tokens were sampled with, so that a ratio to
+            them is right.
 
     """
 
@@ -54,6 +55,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the round was submitted; `None` for a stage that was never reached.
 
+    Of a trajectory that was carried over, those of its last part, in the round that this ran in.
     `first_token_s` and `finished_s` are when the engine core had the token, not when the front end saw it.
     """
 
@@ -86,8 +88,10 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     """One sample, prompt to end, token by token.
 
     Attributes:
-        trajectory_id: unique in its engine, `<round>/<group>/<index>`.
-        round_id: the round that it was returned in; a carried trajectory has the id of the round that it began in.
+        trajectory_id: unique in its engine: `<round>/<group>/<index>`, or of one that may be carried over
+            `<round that its group began in>/<serial of the group>.<restarts>/<index>`.
+        round_id: the round that it was returned in; until then, of one that is carried over, the scheduler's round that
+            it last ran in.
         group_id: the group (one prompt) that it belongs to.
         index: its place in the group, 0-based.
         prompt_token_ids: int token ids, length P.

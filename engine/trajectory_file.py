@@ -36,6 +36,7 @@ from typing import Literal, Self
 
 import msgspec
 
+from longtail.engine.durable_files import sync_folder
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.trajectory import Group, Trajectory
 from longtail.engine.trajectory_lines import FileIndex, TrajectoryFileError, decoder, named_os_error, scan
@@ -96,7 +97,7 @@ class TrajectoryWriter:
                     raise TrajectoryFileError(
                         self.path, f"exists and has {num_bytes} bytes; continue it, or name another file"
                     )
-                _sync_folder(self.path)
+                sync_folder(self.path)
         except BaseException:
             os.close(descriptor)
             raise
@@ -244,12 +245,3 @@ def _lock(descriptor: int, path: Path, timeout_s: float) -> None:
             if time.monotonic() >= deadline:
                 raise TrajectoryFileError(path, f"is being written by another run (waited {timeout_s:g} s)") from None
             time.sleep(_LOCK_POLL_S)
-
-
-def _sync_folder(path: Path) -> None:
-    """A file that was just made can vanish with the machine until its folder is synced."""
-    descriptor = os.open(path.absolute().parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def checked_version(version: int | None, current: int) -> int:
-    """The version of the next weights: one more by default; it may go back, but not stay.
+    """The version of the next weights: one more by default. It never goes back: a version names one set of weights.
 
     Raises:
-        InvalidInputError: it is not a version, or the current one.
+        InvalidInputError: it is not a later version.
 
     """
     if version is None:
         return current + 1
-    if isinstance(version, bool) or not isinstance(version, int) or version < 0 or version == current:
-        raise InvalidInputError("version", f"an integer >= 0 other than {current}, the current version", version)
+    if isinstance(version, bool) or not isinstance(version, int) or version <= current:
+        raise InvalidInputError("version", f"an integer above {current}, the current version", version)
     return version
 
 

@@ -24,6 +24,8 @@ from longtail.hooks.protocol import Accept, Reject
 #: A field that is not named here is checked to be as it was, one that the engine adds later included.
 CHANGEABLE_FIELDS = ("reward", "loss_mask", "text", "metadata")
 
+_encoder = msgspec.msgpack.Encoder()
+
 _FIXED_FIELDS = tuple(name for name in Trajectory.__struct_fields__ if name not in CHANGEABLE_FIELDS)
 
 
@@ -123,15 +125,23 @@ def checked_trajectory(before: Trajectory, answer: object) -> Trajectory:
             raise WrongAnswer(f"changed {name} from {shown(was)} to {shown(now)}, which a hook may not")
     if answer.text is not None and not isinstance(answer.text, str):
         raise WrongAnswer(f"set text to {described(answer.text)}, expected a string or None")
-    if not isinstance(answer.metadata, dict):
-        raise WrongAnswer(f"set metadata to {described(answer.metadata)}, expected a dict")
     return msgspec.structs.replace(
         before,
         reward=None if answer.reward is None else checked_reward(answer.reward, "set reward to"),
         loss_mask=_checked_loss_mask(before.loss_mask, answer.loss_mask),
         text=answer.text,
-        metadata=answer.metadata,
+        metadata=_checked_metadata(answer.metadata),
     )
+
+
+def _checked_metadata(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise WrongAnswer(f"set metadata to {described(value)}, expected a dict with strings for keys")
+    try:
+        _encoder.encode(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise WrongAnswer(f"set metadata that a journal or a file can't hold: {error}") from error
+    return value
 
 
 def _checked_loss_mask(before: list[int], now: object) -> list[int]:
@@ -174,11 +184,9 @@ def _checked_group(before: Group, now: object) -> Group:
     ids, ids_before = ([one.trajectory_id for one in group.trajectories] for group in (now, before))
     if ids != ids_before:
         raise WrongAnswer(f"changed the trajectories from {shown(ids_before)} to {shown(ids)}")
-    if not isinstance(now.metadata, dict):
-        raise WrongAnswer(f"set metadata to {described(now.metadata)}, expected a dict")
     pairs = zip(before.trajectories, now.trajectories, strict=True)
     trajectories = [checked_trajectory(was, is_now) for was, is_now in pairs]
-    return msgspec.structs.replace(before, trajectories=trajectories, metadata=now.metadata)
+    return msgspec.structs.replace(before, trajectories=trajectories, metadata=_checked_metadata(now.metadata))
 
 
 def checked_nothing(answer: object) -> None:

@@ -23,7 +23,7 @@ class Candidate:
 
     Attributes:
         serial: order in which groups were first submitted; unique.
-        age_rounds: rounds since then; 0 for a fresh group.
+        age_rounds: rounds since it began, or began again; 0 for a fresh group.
         num_members_left: members without an end.
         num_tokens_left: output budget that its unfinished members have left together.
 
@@ -36,12 +36,13 @@ class Candidate:
 
 
 _ORDERS: dict[str, Callable[[Candidate], tuple[int, ...]]] = {
-    # Oldest first: bounds the age of a group, as APRIL's buffer does.
+    # Oldest tokens first: they are the next to be too stale. A restarted group is young again.
     "carried_first": lambda c: (-c.age_rounds, c.serial),
     # Fewest members to go: few half-finished groups are carried.
     "nearly_complete_first": lambda c: (c.num_members_left, -c.age_rounds, c.serial),
     # Longest job first: the least idle tail, if the budget left says how much is left.
     "longest_remaining_first": lambda c: (-c.num_tokens_left, -c.age_rounds, c.serial),
+    # The order of submission, as APRIL's buffer has it.
     "fifo": lambda c: (c.serial,),
 }
 

@@ -10,6 +10,7 @@ no hash and works with prefix caching off.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -82,13 +83,21 @@ class KvParking:
     def hit(self, key: str, max_tokens: int) -> tuple[KVCacheBlocks, int] | None:
         """The blocks that are parked under `key`, for at most `max_tokens` tokens; they stay parked until `forget`."""
         parked = self.lot.get(key)
-        if parked is None or (num_tokens := min(parked.num_tokens, max_tokens)) <= 0:
+        if parked is None or (num_tokens := self._fitting(min(parked.num_tokens, max_tokens))) <= 0:
             return None
         groups = tuple(
             [self._pool.blocks[block_id] for block_id in block_ids[: -(-num_tokens // manager.block_size)]]
             for manager, block_ids in zip(self._managers, parked.block_ids, strict=True)
         )
         return self._create_blocks(groups), num_tokens
+
+    def _fitting(self, num_tokens: int) -> int:
+        """`num_tokens`, or whole blocks where the pool has no room for the copy of one that is not full."""
+        sizes = [manager.block_size for manager in self._managers]
+        num_blocks = sum(-(-num_tokens // size) + (num_tokens % size > 0) for size in sizes)
+        if num_blocks < self._pool.num_gpu_blocks:  # one is vLLM's null block
+            return num_tokens
+        return num_tokens // math.lcm(*sizes) * math.lcm(*sizes)
 
     def forget(self, keys: Iterable[str]) -> None:
         """Nothing is parked under these keys any more; the pool takes blocks first that nobody uses now."""
@@ -158,7 +167,7 @@ class PrefixCacheGate:
         for index, block in enumerate(hit.blocks[0][: -(-num_tokens // block_size)]):
             _, version = self._older.get(id(block.block_hash), (None, current))
             versions.extend(index * block_size, version)
-        return versions if versions.runs else None
+        return versions if versions.all - {current} else None
 
     def _cache_unless_closed(self, request: Request, *args: Any, **kwargs: Any) -> None:
         if request.request_id not in self._closed:

@@ -70,7 +70,8 @@ class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
         arrived_ts: when this member arrived; `finished_ts` when it got its final output.
         scheduled_ts: first step that had it in the batch, `first_token_ts` its first output token; `None` if never.
         num_scheduled_tokens: tokens of it that went through the model.
-        num_recomputed_tokens: of those, tokens that a preemption had thrown away before.
+        num_recomputed_tokens: of those, tokens whose KV had been computed before and was lost: to a preemption, to a
+            weight change, or while it was cut.
         num_cached_tokens: prompt tokens that the prefix cache served at its first admission.
         num_preemptions: how often the pool took its KV.
         num_parked_tokens: positions whose parked KV it took up again.

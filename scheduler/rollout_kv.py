@@ -45,7 +45,10 @@ class RolloutKv:
 
     def choose(self, request: Request, member: Member | None, hit: Hit) -> Hit:
         """The KV that a request begins with if it is scheduled now: what the prefix cache has, or what is parked."""
-        versions: KvVersions | None = None
+        versions = None if self._gate is None else self._gate.versions_of(hit[0], hit[1], self.version)
+        if versions is not None and (request.num_preemptions or (member is not None and member.frontier)):
+            # Old weights' blocks are for new requests, if at all: this one had KV, which its policy gave up.
+            hit, versions = (self._scheduler.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False), None
         key = None if member is None or request.num_preemptions else member.park
         parked = None if key is None or self._parking is None else self._parking.hit(key, request.num_tokens - 1)
         if parked is not None and parked[1] >= hit[1]:
@@ -54,11 +57,6 @@ class RolloutKv:
             hit, versions = (*parked, 0, False), self._parking.lot[key].versions.upto(parked[1])
         else:
             key = None
-            if self._gate is not None:
-                versions = self._gate.versions_of(hit[0], hit[1], self.version)
-            if versions is not None and (request.num_preemptions or (member is not None and member.frontier)):
-                # Old weights' blocks are for new requests, if at all: this one had KV, which its policy gave up.
-                hit, versions = (self._scheduler.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False), None
         if self._gate is not None:
             # Before it is scheduled: a block that it fills in its first step would be published in the same call.
             is_older = versions is not None and versions.all != {self.version}

@@ -1,8 +1,8 @@
 """The adapter: vLLM's V1 scheduler plus rounds that it cuts itself.
 
-`RolloutMixin` overrides eight named methods of `vllm.v1.core.sched.scheduler.Scheduler` and holds the only
-vLLM calls of this package. Every decision is `RoundBook`'s. A request without rollout metadata takes stock
-vLLM's path, and an engine without any pays one empty-dict test a step.
+`RolloutMixin` overrides eight named methods of `vllm.v1.core.sched.scheduler.Scheduler`. Which members count, and when
+a round is cut, is `RoundBook`'s to decide; what becomes of their KV is `RolloutKv`'s. A request without rollout
+metadata takes stock vLLM's path, and an engine without any pays one empty-dict test a step.
 
 An exception that leaves a scheduler method kills the engine core and every request in it. So whatever comes
 from outside is parsed before anything is enqueued, and what is wrong is answered with a final output whose
@@ -159,6 +159,8 @@ class RolloutMixin(_Base):
                 self._no_token_yet.discard(request_id)
         for client_outputs in outputs.values():
             for output in client_outputs.outputs:
+                if output.finish_reason is FinishReason.LENGTH and self._stop_strings:
+                    self._look_for_stop_string(output)
                 if output.finish_reason is not None:
                     self._count_finished(output, now)
                 elif self._stop_strings and (text := self._stop_strings.hit(output.request_id, output.new_token_ids)):
@@ -177,6 +179,17 @@ class RolloutMixin(_Base):
         else:
             self._book.leave(output.request_id)
         _attach_report(output, member.report(now))
+
+    def _look_for_stop_string(self, output: EngineCoreOutput) -> None:
+        """The last token of a resumed member's budget may complete a stop string, which then is why it ended.
+
+        Of any other member the front end says so.
+        """
+        member = self._members.get(output.request_id)
+        if member is not None and member.num_prior:
+            text = self._stop_strings.hit(output.request_id, output.new_token_ids)
+            if text is not None:
+                output.finish_reason, output.stop_reason = FinishReason.STOP, text
 
     def _stop_at_string(self, output: EngineCoreOutput, stop_string: str, now: float) -> None:
         """End a member at a stop string in the step that completes it.
@@ -276,8 +289,8 @@ class RolloutMixin(_Base):
 
     def _change_weights(self, args: dict[str, Any]) -> None:
         version = args.get("version")
-        if isinstance(version, bool) or not isinstance(version, int) or version < 0 or version == self._kv.version:
-            raise InvalidInputError("version", f"an integer >= 0 other than {self._kv.version}", version)
+        if isinstance(version, bool) or not isinstance(version, int) or version <= self._kv.version:
+            raise InvalidInputError("version", f"an integer above {self._kv.version}", version)
         policy = KvPolicy.parse(args.get("kv_policy", "fresh"))
         self._kv.change_weights(version, self._members, policy, bool(args.get("share_prefix")))
 

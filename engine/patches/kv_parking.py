@@ -1,7 +1,9 @@
-"""What the scheduler's parking and weight versions lean on: no change, only the sources that they were written against.
+"""What the scheduler's parking and weight versions lean on: the sources that they were written against.
 
-`longtail.scheduler.kv_parking`, `parked_queue` and `rollout_kv` hold the code. Parking calls `BlockPool.unpin_blocks`,
-offers parked blocks where the prefix cache offers its own, and takes the place of the pool's queue of free blocks.
+No class of vLLM is changed. `longtail.scheduler.kv_parking` replaces three things in the objects of one engine, at its
+first park or weight change: the pool's queue of free blocks (parked ones go last), the coordinator's `cache_blocks`
+(KV of mixed versions is not published) and, where prefix caching is off, the managers' `enable_caching` (parked blocks
+are taken up as prefix-cache hits).
 """
 
 from __future__ import annotations

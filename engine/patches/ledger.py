@@ -50,8 +50,8 @@ ENTRIES: tuple[Entry, ...] = (
     resumed_seeds.ENTRY,
 )
 
-#: What changes nothing of vLLM's for good: swapped while an engine is built and put back, or only leant on. Its sources
-#: are checked, it has no state.
+#: What changes no module or class of vLLM's for good: swapped while an engine is built and put back, or replaced in the
+#: objects of one engine. Its sources are checked, it has no state.
 PASSING: tuple[Entry, ...] = (fast_start.ENTRY, kv_parking.ENTRY)
 
 #: `armed`: the module that the entry changes is not imported in this process, and its import will make the change.

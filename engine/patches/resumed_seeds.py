@@ -51,11 +51,7 @@ ENTRY = Entry(
     upstream=(),
     versions=("0.32.0",),
     where="everywhere",
-    changes=(
-        Change(
-            "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_states", _make_update_states, "30f2118a61616d93"
-        ),
-    ),
+    changes=(Change(_RUNNER, "GPUModelRunner._update_states", _make_update_states, "30f2118a61616d93"),),
     relies_on=(
         Source("vllm.v1.sample.ops.topk_topp_sampler", "TopKTopPSampler.forward_cpu", "f8dc272b56372000"),
         Source("vllm.v1.sample.ops.topk_topp_sampler", "random_sample", "2dd0def153512a31"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -48,6 +48,7 @@ class RefGroup:
     born: int
     members: list[RefMember]
     engine: int | None = None
+    prompt_version: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -75,7 +76,7 @@ class Reference:
             RefGroup(next(self.serials), self.version, [RefMember(n) for n in next(self.lengths)])
             for _ in range(total - len(self.carried) - len(self.banked))
         ]
-        queues = self._queues(self.carried + fresh)
+        queues = self._queues(self.carried, fresh)
         seconds, done, late = self._run(queues, self.carried + fresh)
         order = sorted([(0.0, group.serial, group) for group in self.banked] + done, key=lambda entry: entry[:2])
         groups = [group for _, _, group in order]
@@ -106,19 +107,24 @@ class Reference:
             where.remove(group)
             if action == "restart":
                 group.members = [RefMember(n) for n in next(self.lengths)]
+                group.born = self.version
                 self.carried.append(group)
                 self.stats["restarted"] += 1
             else:
                 self.stats["dropped"] += 1
 
-    def _queues(self, active: list[RefGroup]) -> list[list[tuple[RefGroup, RefMember]]]:
+    def _queues(self, carried: list[RefGroup], fresh: list[RefGroup]) -> list[list[tuple[RefGroup, RefMember]]]:
         def unfinished(group: RefGroup) -> int:
             return sum(not member.ended for member in group.members)
 
-        load = [sum(unfinished(g) for g in active if g.engine == e) for e in range(self.config.num_engines)]
+        load = [sum(unfinished(g) for g in carried if g.engine == e) for e in range(self.config.num_engines)]
         queues: list[list[tuple[RefGroup, RefMember]]] = [[] for _ in load]
-        by_age = self.config.admission.name == "carried_first"
-        for group in sorted(active, key=lambda g: (g.born if by_age else 0, g.serial)):
+        orders: dict[str, Callable[[RefGroup], tuple[int, ...]]] = {
+            "carried_first": lambda g: (g.born, g.serial),
+            "nearly_complete_first": lambda g: (unfinished(g), g.born, g.serial),
+            "fifo": lambda g: (g.serial,),
+        }
+        for group in sorted(carried, key=orders[self.config.admission.name]) + fresh:
             if group.engine is None:
                 group.engine = load.index(min(load))
                 load[group.engine] += unfinished(group)
@@ -157,11 +163,14 @@ class Reference:
             group, member = queue.pop(0)
             running.append((group, member))
             num_tokens = self.config.prompt_tokens + len(member.versions)
+            block_size = self.config.block_size
+            if block_size is not None and group.prompt_version == self.version:
+                num_tokens -= (self.config.prompt_tokens - 1) // block_size * block_size
             limit = self.config.kv_policy.max_staleness
             if member.kv_version is None or (limit is not None and self.version - member.kv_version > limit):
                 prefill += num_tokens
                 self.stats["reprefill"] += 0 if member.kv_version is None else num_tokens
-                member.kv_version = self.version
+                member.kv_version = group.prompt_version = self.version
         if not running:
             return None
         self.stats["prefill"] += prefill
@@ -205,10 +214,11 @@ fleets = st.builds(
     num_engines=st.integers(1, 3),
     max_num_seqs=st.integers(1, 4),
     target_groups=st.integers(1, 5),
-    prompt_tokens=st.integers(0, 5),
+    prompt_tokens=st.integers(1, 9),
+    block_size=st.sampled_from([None, 2, 4]),
     kv_policy=st.sampled_from([KvPolicy(0), KvPolicy(None), KvPolicy(1)]),
     bound=bounds,
-    admission=st.sampled_from([AdmissionPolicy("carried_first"), AdmissionPolicy("fifo")]),
+    admission=st.sampled_from([AdmissionPolicy(name) for name in ("carried_first", "nearly_complete_first", "fifo")]),
 )
 seconds = st.floats(1e-4, 1.0)
 
@@ -411,7 +421,7 @@ def test_validate_is_the_ratio_of_rates() -> None:
         "rounds": [None] * 5,
         "config": {
             "num_engines": 1, "max_num_seqs": 8, "target_groups": 3, "group_size": 3, "over_provision": 2.0,
-            "kv_policy": "stale", "prompt_tokens": 12,
+            "kv_policy": "stale", "prompt_tokens": 12, "block_size": None,
         },
         "lengths": lengths,
         "measured_tokens_per_s": rate,

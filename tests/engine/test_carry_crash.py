@@ -159,7 +159,9 @@ def check_at_the_end(lives: Lives, end: dict[str, Any]) -> None:
 def test_kills_at_any_moment(lives: Lives) -> None:
     rng = random.Random(1)
     for seed in range(NUM_KILLS):
-        if seed % 2:
+        if seed % 5 == 0:
+            lives.live(seed, rounds_told=rng.randint(1, 3))
+        elif seed % 2:
             lives.live(seed, kill_after_s=rng.uniform(0, 0.12))
         else:
             lives.live(seed, kill_after_lines=rng.randint(1, 40))
@@ -332,6 +334,34 @@ def test_a_sync_that_fails_closes_the_journal_and_what_was_acknowledged_is_there
         with pytest.raises(JournalError):
             receiver.run_rounds(1)
         disk.can_sync = True
+    with contextlib.suppress(JournalError):
+        store.close()
+    found = GroupStore(path)
+    receiver.check(found)
+    receiver.rounds.store = found
+    receiver.run_rounds(3)
+    receiver.check(found)
+    found.close()
+
+
+def test_a_write_that_is_interrupted_closes_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the record is in the file is not known then: to write it again would make the file unreadable."""
+    path = tmp_path / "groups.journal"
+    store = GroupStore(path)
+    receiver = Receiver(store)
+    receiver.run_rounds(3)
+    append = journal.Journal.append
+
+    def interrupted(self: journal.Journal, payloads: Any) -> None:
+        append(self, payloads)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            receiver.run_rounds(1)
+    with pytest.raises(JournalError, match="is closed"):
+        receiver.run_rounds(1)
     with contextlib.suppress(JournalError):
         store.close()
     found = GroupStore(path)

@@ -15,8 +15,8 @@ import pytest
 from tiny_model import write_tiny_model
 
 from longtail.engine import AsyncRolloutEngine, EngineConfig, Prompt, RolloutEngine, SamplingConfig, Trajectory
+from longtail.engine.carry_book import CarryBook
 from longtail.engine.carry_config import CarryConfig
-from longtail.engine.carry_run import CarryBook
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.trajectory import Group, KvSpan, Round
 from longtail.hooks import Accept, Hooks, Reject
@@ -85,7 +85,7 @@ def reconfigure(engine: RolloutEngine, carry: CarryConfig, hooks: Any = None) ->
     inner = engine._engine
     assert inner.book is not None
     inner.book.close()
-    inner.hooks, inner.book = hooks, CarryBook(carry, hooks)
+    inner.hooks, inner.book = hooks, CarryBook(carry, hooks, inner.driver.weight_version)
     inner.driver.config = dataclasses.replace(inner.driver.config, carry=carry)
 
 

@@ -35,6 +35,12 @@ def test_what_has_no_order_is_refused(prompts: object) -> None:
         PromptSource(prompts, 0, is_durable=False)
 
 
+def test_a_sequence_that_ends_before_the_position_is_another_one() -> None:
+    with pytest.raises(InvalidInputError, match=r"the sequence that earlier rounds took 5 prompts of.*4 prompts"):
+        PromptSource([1, 2, 3, 4], 5, is_durable=True)
+    assert PromptSource([1, 2, 3, 4], 4, is_durable=True).draw(1) == []
+
+
 def test_a_journal_needs_positions() -> None:
     with pytest.raises(InvalidInputError, match="whose position the journal holds"):
         PromptSource(iter([1]), 0, is_durable=True)

@@ -209,6 +209,24 @@ def test_the_tail_is_copied_not_shared(make: Make) -> None:
     assert round_.tokens["m0"] != expected_tokens(prompts(2)["m0"], 40)
 
 
+@pytest.mark.parametrize("num_tokens", [3, 4, 6])
+def test_a_sequence_that_fills_the_pool_is_resumed(make: Make, num_tokens: int) -> None:
+    """The copy of its last block would be one block too many; what is full is taken up."""
+    engine = make(num_blocks=8)  # 7 of 8 tokens, and vLLM's null block
+    round_ = Round(engine, {"m0": PROMPT})
+    round_.submit({"m0": 6}, target=1)
+    while len(round_.tokens["m0"]) < num_tokens - 1:
+        round_.take(engine.step()[1])
+    round_.take(engine.drain())
+    engine.scheduler.rollout_rpc("close_round", {"round": f"{id(round_)}/1"})
+    round_.run()
+    if len(round_.tokens["m0"]) < 6:
+        round_.submit({"m0": 6}, target=1)
+        assert round_.run() <= BLOCK_SIZE + 6
+        assert round_.reports["m0"].num_parked_tokens == 48
+    assert round_.tokens["m0"] == expected_tokens(PROMPT, 6)
+
+
 def test_kv_of_another_sequence_is_never_taken(make: Make) -> None:
     engine = make()
     round_ = cut_at(engine, 1, num_tokens=13, length=30)
@@ -278,6 +296,22 @@ def test_new_requests_hit_no_prefix_of_older_weights_unless_asked(make: Make, sh
     assert [version for _, version in read] == [0] * hit + [1] * (len(PROMPT) - hit)
     spans = [("0", 0, hit), ("1", hit, len(PROMPT))] if hit else [("1", 0, len(PROMPT))]
     assert round_.reports["again"].segments == [(0, spans)]
+
+
+def test_sharing_prefixes_of_older_weights_keeps_hits_on_current_ones(make: Make) -> None:
+    engine = make()
+    engine.add("first", PROMPT, 5)
+    engine.run()
+    engine.drain()
+    engine.change_weights(1, share_prefix=True)
+    round_ = cut_at(engine, 1, num_tokens=13, length=40)
+    engine.scheduler.rollout_rpc("unpark", {"keys": ["m0"]})
+    before = round_.computed["m0"]
+    round_.submit({"m0": 40}, target=1)
+    round_.run()
+    report = round_.reports["m0"]
+    assert report.num_cached_tokens >= before // BLOCK_SIZE * BLOCK_SIZE - BLOCK_SIZE > 0
+    assert {version for _, spans in report.segments for version, *_ in spans} == {"1"}
 
 
 def test_a_block_filled_again_is_of_the_weights_that_filled_it(make: Make) -> None:

@@ -102,14 +102,14 @@ CANDIDATES = [
     Candidate(serial=3, age_rounds=0, num_members_left=4, num_tokens_left=400),
     Candidate(serial=1, age_rounds=2, num_members_left=3, num_tokens_left=40),
     Candidate(serial=2, age_rounds=1, num_members_left=1, num_tokens_left=900),
-    Candidate(serial=0, age_rounds=2, num_members_left=4, num_tokens_left=30),
+    Candidate(serial=0, age_rounds=0, num_members_left=4, num_tokens_left=30),  # restarted
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "order"),
     [
-        ("carried_first", [0, 1, 2, 3]),
+        ("carried_first", [1, 2, 0, 3]),
         ("nearly_complete_first", [2, 1, 0, 3]),
         ("longest_remaining_first", [2, 3, 1, 0]),
         ("fifo", [0, 1, 2, 3]),

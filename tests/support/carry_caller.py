@@ -18,8 +18,9 @@ import msgspec
 from kv_model import VOCAB_SIZE, expected_tokens, next_token
 from step_driver import StepDriver
 
+from longtail.engine.carry_book import CarryBook
 from longtail.engine.carry_config import CarryConfig
-from longtail.engine.carry_run import CarryBook, CarryRun
+from longtail.engine.carry_run import CarryRun
 from longtail.engine.config import SamplingConfig
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.hook_points import Verdict

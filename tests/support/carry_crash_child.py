@@ -238,8 +238,13 @@ def die_at(num_calls: int, rng: random.Random) -> None:
         setattr(journal.os, name, mortal(name))
 
 
-def live(path: str, seed: str, *, num_prompts: int, calls: int | None, drain: bool) -> None:
-    """One life of the process: open the journal, give again what may not have arrived, and go on."""
+def live(
+    path: str, seed: str, *, num_prompts: int, calls: int | None, drain: bool, rounds_told: int | None = None
+) -> None:
+    """One life of the process: open the journal, give again what may not have arrived, and go on.
+
+    `rounds_told` ends it right after it has told so many rounds, before the next one begins.
+    """
     group_store._MIN_COMPACT_BYTES = 4096
     group_store._FLUSH_INTERVAL_S = 0.005
     if calls is not None:
@@ -255,7 +260,8 @@ def live(path: str, seed: str, *, num_prompts: int, calls: int | None, drain: bo
         store.recovered = None
     rounds = Rounds(store, seed, tell=tell, num_prompts=store.totals.cursor if drain else num_prompts)
     while rounds.run_one() is not None:
-        pass
+        if rounds_told is not None and (rounds_told := rounds_told - 1) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
     store.close()
     totals = store.totals
     tell(

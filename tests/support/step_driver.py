@@ -119,11 +119,6 @@ class StepDriver:
         return len(self._in_flight)
 
     @property
-    def num_commands(self) -> int:
-        """What waits to be run."""
-        return len(self._commands)
-
-    @property
     def num_others(self) -> int:
         """Requests in flight that belong to no round."""
         return sum(one.metadata is None for one in self._in_flight.values())
