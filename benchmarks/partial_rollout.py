@@ -6,7 +6,7 @@ order, and for each member the same forced length, lognormal or that of a real r
 every round. Their rounds alternate:
 
     sync      stock vLLM, synchronous: N groups, waits for all of them
-    client    active partial rollouts by a client of stock vLLM, in the engine's process (the best that stock can do)
+    client    active partial rollouts by a client of stock vLLM, in the engine's process: abort, submit token ids again
     fresh     longtail, KV of carried trajectories computed again after a weight change, as client does
     stale     longtail, KV of carried trajectories kept
 
@@ -14,12 +14,15 @@ A speed is accepted tokens a second: tokens of the returned groups over the seco
 included, training left out. Every run begins with nothing carried; its first round is not counted in any arm, and what
 is carried at its end counts as work and not as tokens. Prompts are so many that none runs out of them.
 
+Like is compared with like in fresh / client, which do the same work. A client that lets stock vLLM keep its KV, by
+`pause(mode="keep", clear_cache=False)`, is not measured.
+
 Regions: sigma 0.5, 1 and 1.5 at over-provision 2; over-provision 1.5 and 4; long prompts, where computing KV again
 costs most; the lengths of a real task. Where longtail loses is printed last.
 
 Last line: one JSON object with `speedup_vs_sync` (fresh / sync) and `speedup_vs_client_side` (stale / client), median
 over seeds, at sigma 1 and over-provision 2, the range of each, and the same of CPU time (`_cpu`), which other work on
-the machine disturbs less; the same in `by_sigma` and, for every region, in `regions`, there with all that follows;
+the machine disturbs less; the same in `by_sigma` and, for the other regions, in `regions`, there with all that follows;
 `tokens_per_s`, `reprefilled_tokens` a round, `staleness` (share of accepted tokens by age in versions),
 `off_policy_share`, `length_bias` (mean length of returned over that of begun trajectories) and `where_time_goes`
 (seconds for 1,000 accepted tokens by the step model: steps, members, prefill, the rest) by arm at sigma 1;
@@ -31,7 +34,7 @@ from __future__ import annotations
 import math
 import random
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,6 +49,9 @@ from longtail.engine.tasks import load_task
 TARGET_GROUPS, GROUP_SIZE = 4, 4
 VOCAB_SIZE = 49_152
 REAL_TASK, NUM_REAL_GROUPS = "chain_sum", 32
+#: Each with processes of its own, because two processes with the same settings differ by several per cent; the other
+#: regions are spread over them.
+NUM_SEEDS = 3
 ARMS = ("sync", "client", "fresh", "stale")
 
 
@@ -66,10 +72,9 @@ class Region:
     sigma: float | None
     over_provision: float = 2.0
     prompt_tokens: int = 48
-    num_seeds: int = 1
 
 
-MAIN = Region("sigma 1", 1.0, num_seeds=2)
+MAIN = Region("sigma 1", 1.0)
 OTHER_REGIONS = (
     Region("sigma 0.5", 0.5),
     Region("sigma 1.5", 1.5),
@@ -85,20 +90,26 @@ def main() -> None:
     flags = bench_io.parse_flags(__doc__)
     sizes = Sizes(3, 16, 64) if flags.quick else Sizes(6, 32, 256)
     model_dir = resolve_model("smollm2")
-    with ExitStack() as stack:
-        fresh, stale, stock = (stack.enter_context(worker) for worker in start_workers(model_dir))
-        arms = [Arm("sync", stock, carries=False), Arm("client", stock), Arm("fresh", fresh), Arm("stale", stale)]
-        for arm in arms:
-            _warm_up(arm)
-        samples = [_step_times(fresh, 0)]
-        print(_HEADING, flush=True)
-        measured = {MAIN.key: _measure(replace(MAIN, num_seeds=1) if flags.quick else MAIN, sizes, None, arms)}
-        if not flags.quick:
-            samples += [_step_times(fresh, seed) for seed in (1, 2)]
-            real = _real_work(fresh, model_dir, sizes.max_tokens)
-            measured |= {region.key: _measure(region, sizes, real, arms) for region in OTHER_REGIONS}
+    num_seeds = 1 if flags.quick else NUM_SEEDS
+    measured: dict[str, list[Run]] = {region.key: [] for region in (MAIN, *OTHER_REGIONS)}
+    samples = []
+    for seed in range(num_seeds):
+        with ExitStack() as stack:
+            fresh, stale, stock = (stack.enter_context(worker) for worker in start_workers(model_dir))
+            arms = [Arm("sync", stock, carries=False), Arm("client", stock), Arm("fresh", fresh), Arm("stale", stale)]
+            for arm in arms:
+                _warm_up(arm)
+            samples.append(_step_times(fresh, seed))
+            print(_HEADING if seed == 0 else "", flush=True)
+            for region in (MAIN, *(() if flags.quick else OTHER_REGIONS[seed::num_seeds])):
+                work = (
+                    _lognormal_work(region, region.sigma, sizes, seed)
+                    if region.sigma is not None
+                    else _real_work(fresh, model_dir, sizes)
+                )
+                measured[region.key].append(_measure(region, work, sizes.num_rounds, seed, arms))
     step_model = _fit(samples)
-    figures = {key: _figures(runs, step_model) for key, runs in measured.items()}
+    figures = {key: _figures(runs, step_model) for key, runs in measured.items() if runs}
     headline = figures[MAIN.key]
     _print_costs(headline["where_time_goes"], step_model)
     losses = _losses(figures)
@@ -127,31 +138,24 @@ def _step_times(worker: bench_io.Worker, seed: int) -> dict[str, list[float]]:
     return worker.ask({"calibrate": {"seed": seed, "vocab_size": VOCAB_SIZE}})
 
 
-def _measure(region: Region, sizes: Sizes, real: Work | None, arms: list[Arm]) -> list[Run]:
-    """The region's runs, one a seed."""
-    runs = []
-    for seed in range(region.num_seeds):
-        run = Run(_work(region, sizes, real, seed), {arm.name: [] for arm in arms})
-        for arm in arms:
-            arm.begin(run.work, TARGET_GROUPS, region.over_provision)
-        order = random.Random(f"{region.key} {seed}")
-        for _ in range(sizes.num_rounds):
-            for arm in order.sample(arms, len(arms)):
-                run.rounds[arm.name].append(arm.run_round())
-        runs.append(run)
-        _print_run(region.key, run)
-    return runs
+def _measure(region: Region, work: Work, num_rounds: int, seed: int, arms: list[Arm]) -> Run:
+    """One run of every arm, their rounds in random order."""
+    run = Run(work, {arm.name: [] for arm in arms})
+    for arm in arms:
+        arm.begin(run.work, TARGET_GROUPS, region.over_provision)
+    order = random.Random(f"{region.key} {seed}")
+    for _ in range(num_rounds):
+        for arm in order.sample(arms, len(arms)):
+            run.rounds[arm.name].append(arm.run_round())
+    _print_run(region.key, run)
+    return run
 
 
-def _work(region: Region, sizes: Sizes, real: Work | None, seed: int) -> Work:
+def _lognormal_work(region: Region, sigma: float, sizes: Sizes, seed: int) -> Work:
     """Prompts and lengths, enough for a run of any arm."""
     num_groups = TARGET_GROUPS * (sizes.num_rounds + math.ceil(region.over_provision))
-    rng = random.Random(f"{region.sigma} {seed}")
-    if region.sigma is None:
-        assert real is not None
-        picked = rng.sample(range(len(real.prompts)), num_groups)
-        return Work([real.prompts[i] for i in picked], [real.lengths[i] for i in picked])
-    mu, sigma = math.log(sizes.median_tokens), region.sigma
+    rng = random.Random(f"{sigma} {seed}")
+    mu = math.log(sizes.median_tokens)
 
     def draw() -> int:
         return max(1, min(sizes.max_tokens, round(rng.lognormvariate(mu, sigma))))
@@ -165,18 +169,18 @@ def _prompts(seed: str, count: int, num_tokens: int) -> list[list[int]]:
     return [[rng.randrange(100, VOCAB_SIZE) for _ in range(num_tokens)] for _ in range(count)]
 
 
-def _real_work(worker: bench_io.Worker, model_dir: Path, max_tokens: int) -> Work:
+def _real_work(worker: bench_io.Worker, model_dir: Path, sizes: Sizes) -> Work:
     """Prompts of a task with the lengths of the answers that the model gives to them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     chats = [prompt.messages for prompt in load_task(REAL_TASK, NUM_REAL_GROUPS, 0)]
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
-    job = {"prompts": prompts, "group_size": GROUP_SIZE, "max_tokens": max_tokens}
+    job = {"prompts": prompts, "group_size": GROUP_SIZE, "max_tokens": sizes.max_tokens}
     lengths = worker.ask({"answer": job | {"stop_token_id": tokenizer.eos_token_id}})["lengths"]
     flat = [float(length) for row in lengths for length in row]
     print(f"{REAL_TASK}: {len(flat)} answers, median {bench_io.median(flat):g} tokens, 90 % below "
-          f"{bench_io.quantile(flat, 0.9):g}, {sum(x == max_tokens for x in flat)} cut off")  # fmt: skip
+          f"{bench_io.quantile(flat, 0.9):g}, {sum(x == sizes.max_tokens for x in flat)} cut off")  # fmt: skip
     return Work(prompts, lengths)
 
 

@@ -2,10 +2,10 @@
 
 Runs without longtail's plugin, the client in the engine's process; `partial_rollout_arms.py` has the jobs.
 
-With `num_groups` = `target_groups` a round is synchronous. With more it is the best that a client can do: it stops in
-the step in which enough groups are complete, aborts the rest, keeps their token ids, log-probs and versions, banks
-surplus complete groups, and resumes carried groups first, with prompt and tokens as the new prompt. A weight change
-clears the prefix cache, as vLLM's own `pause(clear_cache=True)` does; it is timed as part of the round that follows.
+With `num_groups` = `target_groups` a round is synchronous. With more it stops in the step in which enough groups
+are complete, aborts the rest, keeps their token ids, log-probs and versions, banks surplus complete groups, and resumes
+carried groups first, with prompt and tokens as the new prompt. A weight change clears the prefix cache, as vLLM's own
+`pause` does unless told otherwise; it is timed as part of the round that follows.
 """
 
 from __future__ import annotations

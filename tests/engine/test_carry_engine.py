@@ -57,17 +57,19 @@ def by_id(trajectories: list[Trajectory]) -> dict[str, Trajectory]:
     return {f"{t.group_id}/{t.index}": t for t in trajectories}
 
 
-def rounds_of(engine: RolloutEngine, count: int, sampling: SamplingConfig, target: int = 4) -> list[Round]:
+def rounds_of(
+    engine: RolloutEngine, count: int, sampling: SamplingConfig, target: int = 4, prompts: list[Prompt] = PROMPTS
+) -> list[Round]:
     return [
-        engine.rollout(PROMPTS, group_size=GROUP_SIZE, target_groups=target, over_provision=2.0, sampling=sampling)
+        engine.rollout(prompts, group_size=GROUP_SIZE, target_groups=target, over_provision=2.0, sampling=sampling)
         for _ in range(count)
     ]
 
 
-def check_resumed(engine: RolloutEngine, sampling: SamplingConfig) -> list[Trajectory]:
+def check_resumed(engine: RolloutEngine, sampling: SamplingConfig, prompts: list[Prompt] = PROMPTS) -> list[Trajectory]:
     """Carried trajectories equal those of one round without a cut; returns those that were resumed."""
-    whole = by_id(engine.rollout(PROMPTS, group_size=GROUP_SIZE, sampling=sampling, carry=False).trajectories)
-    got = [t for one in rounds_of(engine, 6, sampling) for t in one.trajectories]
+    whole = by_id(engine.rollout(prompts, group_size=GROUP_SIZE, sampling=sampling, carry=False).trajectories)
+    got = [t for one in rounds_of(engine, 6, sampling, prompts=prompts) for t in one.trajectories]
     resumed = [t for t in got if len(t.segments) > 1 or t.tokens.parked]
     assert len(resumed) >= 5, "the test must resume"
     for trajectory in got:
@@ -123,11 +125,24 @@ def test_without_parking_a_resume_prefills_what_it_had(engine: RolloutEngine) ->
     assert sum(t.tokens.recomputed for t in resumed) > 0
 
 
+def test_a_stop_string_that_the_last_token_of_the_budget_completes(engine: RolloutEngine) -> None:
+    """It is why the trajectory ended, resumed or not."""
+    reconfigure(engine, CarryConfig())
+    sampling = SAMPLINGS[2]
+    whole = engine.rollout(PROMPTS, group_size=GROUP_SIZE, sampling=sampling, carry=False)
+    prompts = [
+        dataclasses.replace(prompt, max_tokens=[len(t.output_token_ids) for t in group.trajectories])
+        for prompt, group in zip(PROMPTS, whole.groups, strict=True)
+    ]
+    resumed = check_resumed(engine, sampling, prompts)
+    assert sum(t.stop_reason in sampling.stop for t in resumed) > 0
+
+
 # ---- weights -----------------------------------------------------------------------------------------------------
 
 
 class Scorer:
-    """Log-probabilities by transformers, from KV of the versions that a trajectory names."""
+    """Log-probs by transformers, from KV of the versions that a trajectory names; odd ones are the other weights."""
 
     def __init__(self, *folders: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -159,7 +174,7 @@ class Scorer:
     def _forward(self, version: int, ids: list[int], cache: Any) -> Any:
         import torch
 
-        return self.models[version](torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        return self.models[version % 2](torch.tensor([ids]), past_key_values=cache, use_cache=True)
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +183,14 @@ def scorer(tiny_model: Path, other_model: Path) -> Scorer:
 
 
 def start_again(engine: RolloutEngine, tiny_model: Path, carry: CarryConfig, hooks: Any = None) -> None:
-    """An empty book, and the first weights under version 0."""
+    """An empty book, and the first weights under an even version."""
     reconfigure(engine, carry, hooks)
     if engine.weight_version:
-        engine.load_weights(tiny_model, version=0)
+        engine.load_weights(tiny_model, version=engine.weight_version // 2 * 2 + 2)
+
+
+def last_two_versions(engine: RolloutEngine) -> tuple[str, str]:
+    return str(engine.weight_version - 1), str(engine.weight_version)
 
 
 SAMPLED = SamplingConfig(temperature=1.0, ignore_eos=True, seed=7)
@@ -184,16 +203,18 @@ def test_log_probs_come_from_the_kv_that_the_trajectory_names(
     """Two rounds under the first weights, the rest under others; transformers scores with exactly that KV."""
     start_again(engine, tiny_model, CarryConfig(kv_policy=policy))
     rounds_of(engine, 2, SAMPLED)
-    assert engine.load_weights(other_model) == engine.weight_version == 1
+    before = engine.weight_version
+    assert engine.load_weights(other_model) == engine.weight_version == before + 1
+    old, new = last_two_versions(engine)
     got = rounds_of(engine, 5, SAMPLED)
     spanning = [t for one in got for t in one.trajectories if len(t.weight_versions) > 1]
     assert len(spanning) >= 3
     for trajectory in spanning:
         assert trajectory.logprobs == pytest.approx(scorer.logprobs(trajectory), abs=1e-4)
         kv_of_last = {span.version for span in trajectory.segments[-1].kv_versions}
-        assert kv_of_last == ({"1"} if policy == "fresh" else {"0", "1"})
+        assert kv_of_last == ({new} if policy == "fresh" else {old, new})
     stats = [one.carry for one in got]
-    assert all(one is not None and one.version == 1 for one in stats)
+    assert all(one is not None and one.version == engine.weight_version for one in stats)
     assert got[0].carry is not None
     assert got[0].carry.staleness[1] > 0
     assert (got[0].carry.num_reprefilled_tokens > 0) is (policy == "fresh")
@@ -210,7 +231,7 @@ def test_new_weights_change_what_is_sampled(
     errors = []
     for trajectory in spanning:
         start = trajectory.weight_versions[-1].start
-        wrong = scorer.logprobs(trajectory, kv_version=1)
+        wrong = scorer.logprobs(trajectory, kv_version=engine.weight_version)
         errors.append(max(abs(a - b) for a, b in zip(trajectory.logprobs[start:], wrong[start:], strict=True)))
     assert min(errors) > 0.01
 
@@ -226,12 +247,13 @@ def test_weights_that_change_while_a_round_runs(
     next(stream)
     engine.load_weights(other_model)
     list(stream)
+    old, new = last_two_versions(engine)
     spanning = [t for t in stream.round.trajectories if len(t.weight_versions) > 1]
     assert len(spanning) >= 3
     for trajectory in spanning:
         assert trajectory.logprobs == pytest.approx(scorer.logprobs(trajectory), abs=1e-4)
         kv_of_last = {span.version for span in trajectory.segments[-1].kv_versions}
-        assert kv_of_last == ({"1"} if policy == "fresh" else {"0", "1"})
+        assert kv_of_last == ({new} if policy == "fresh" else {old, new})
 
 
 def check_change_in_flight(engine: RolloutEngine, policy: str) -> None:
