@@ -453,7 +453,7 @@ MUTATIONS = {
     "older KV stays in the prefix cache": (PrefixCacheGate, "withdraw_all", _do_nothing),
     "a weight change is not noted": (Member, "change_weights", _do_nothing),
     "no token is too stale": (StalenessBound, "exceeded", lambda *_: False),
-    "banked groups are lost": (GroupStore, "bank", lambda self, serial, _: self.carried.pop(serial)),
+    "banked groups are lost": (GroupStore, "bank", lambda self, serial, *_: self.carried.pop(serial)),
     "nothing is on the disk": (GroupStore, "flush", _do_nothing),
     "answers of hooks are lost": (Inbox, "post", _do_nothing),
 }
