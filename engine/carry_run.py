@@ -13,8 +13,6 @@ from concurrent.futures import Future
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from longtail.engine.carry_book import CarryBook, VersionChanged
 from longtail.engine.carry_round import CarryRound
 from longtail.engine.carry_stats import masked, masked_round, round_stats
@@ -26,10 +24,11 @@ from longtail.engine.group_state import GroupState
 from longtail.engine.judging import HookAnswer
 from longtail.engine.prompt_source import PromptSource
 from longtail.engine.prompts import tokenize_prompts
-from longtail.engine.resumed_text import whole_text
-from longtail.engine.rounds import MemberPlan, check_arguments, check_count, segment_of
+from longtail.engine.resumed_text import with_whole_text
+from longtail.engine.rounds import check_arguments, check_count, segment_of
 from longtail.engine.trajectory import Group, Round, Trajectory
 from longtail.engine.vllm_args import sampling_params
+from longtail.engine.waves import Waves
 from longtail.scheduler.admission import FixedOverProvision, OverProvision, RoundOutcome
 from longtail.scheduler.metadata import CUT_STOP_REASON, MAX_TARGET_GROUPS, report_of
 
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     from longtail.engine.core_link import CoreLink
 
 _MAX_ID_CHARS = 160
-#: The scheduler remembers every group of a wave until the wave ends: a stream begins another one now and then.
-_MAX_WAVE_GROUPS = 4096
 
 
 class CarryRun:
@@ -91,9 +88,7 @@ class CarryRun:
         self._fresh = FreshPrompts(source, book.hooks, book.inbox)
         self._recovered = book.store.recovered
         self._started = time.monotonic()
-        self._waves: list[str] = []
-        self._num_in_wave = 0
-        self._wave_is_open = False
+        self._waves = Waves()
         self._has_ended = False
         self._ending = RLock()
         driver.claim_round(self.round_id)
@@ -190,9 +185,9 @@ class CarryRun:
 
     def progress(self) -> Future[dict[str, Any]] | None:
         """Ask the scheduler for the numbers of the current wave, if there is one."""
-        if not self._waves:
+        if not self._waves.ids:
             return None
-        wave = self._waves[-1]
+        wave = self._waves.ids[-1]
         return self._driver.call_later(lambda link: link.rpc("round", round=wave))
 
     def finish(self) -> Future[Round | None]:
@@ -222,7 +217,7 @@ class CarryRun:
         """A stream that was stopped is over; nothing of it is left in the scheduler."""
         if not self._has_ended:
             with contextlib.suppress(EngineDeadError):
-                self._driver.call_later(self._forget_waves)
+                self._driver.call_later(self._waves.forget)
             self._book.store.flush()
             self._end()
 
@@ -232,12 +227,12 @@ class CarryRun:
             return
 
         def stop(link: CoreLink) -> None:
-            self._close_waves(link)
+            self._waves.close(link)
             self._driver.abandon(requests)
-            self._forget_waves(link)
+            self._waves.forget(link)
 
-        requests = self._round.requests() if self._waves else []
-        if self._waves:
+        requests = self._round.requests() if self._waves.ids else []
+        if self._waves.ids:
             with contextlib.suppress(EngineDeadError):
                 self._driver.call_later(stop)
         self._end()
@@ -256,10 +251,10 @@ class CarryRun:
         segment = segment_of(plan, output)
         report = report_of(output.kv_transfer_params)
         if plan.prior is not None and segment.ended_by_itself:
-            segment = self._with_whole_text(plan, segment)
+            segment = with_whole_text(self._driver.engine.tokenizer, plan, segment)
         whole = self._round.end(output.request_id, segment, 0 if report is None else report.num_computed_tokens)
-        if whole.was_cut and plan.metadata.round == self._waves[-1]:
-            self._wave_is_open = False
+        if whole.was_cut:
+            self._waves.note_cut(plan.metadata.round)
         if not whole.ended_by_itself:
             return []
         if self._book.judging is not None and (group := self._book.store.carried.get(serial)) is not None:
@@ -290,7 +285,7 @@ class CarryRun:
             self._close_wave()
             return
         missing = self._num_groups - self._round.num_in_play - self._fresh.num_preparing
-        if missing <= 0 or (self._waves and not self._wave_is_open and self._round.num_running):
+        if missing <= 0 or (self._waves.ids and not self._waves.is_open and self._round.num_running):
             return
         self._start(self._round.waiting()[:missing])
         missing = self._num_groups - self._round.num_in_play - self._fresh.num_preparing
@@ -299,9 +294,9 @@ class CarryRun:
                 self._add_fresh(self._fresh.draw(missing))
 
     def _close_wave(self) -> None:
-        if self._wave_is_open:
-            self._wave_is_open = False
-            self._driver.call_later(self._close_waves)
+        if self._waves.is_open:
+            self._waves.is_open = False
+            self._driver.call_later(self._waves.close)
 
     @contextlib.contextmanager
     def _discarding_unfit(self) -> Iterator[None]:
@@ -333,23 +328,11 @@ class CarryRun:
     def _start(self, groups: Sequence[GroupState]) -> None:
         if not groups:
             return
-        if not self._wave_is_open or self._num_in_wave > _MAX_WAVE_GROUPS:
-            self._waves.append(self._round.begin_wave())
-            self._wave_is_open, self._num_in_wave = True, 0
-        self._num_in_wave += len(groups)
+        self._waves.join(len(groups), self._round.begin_wave)
         plans = self._round.start(groups)
         requests = [(plan.request_id, plan.token_ids, sampling_params(plan)) for plan in plans]
         self._driver.submit(requests, self._deliver)
         self._judge(self._round.complete())
-
-    def _with_whole_text(self, plan: MemberPlan, segment: Trajectory) -> Trajectory:
-        tokenizer = self._driver.engine.tokenizer
-        if tokenizer is None or plan.prior is None:
-            return segment
-        token_ids = plan.prior.output_token_ids + segment.output_token_ids
-        is_at_end_token = segment.finish_reason == "stop" and not isinstance(segment.stop_reason, str)
-        text = whole_text(tokenizer, plan, token_ids, sampling_params(plan), is_at_end_token=is_at_end_token)
-        return msgspec.structs.replace(segment, text=text or None)
 
     def _drop_refused(self) -> None:
         """Tell the engine what the round gave up."""
@@ -385,7 +368,7 @@ class CarryRun:
 
     def _finish_round(self, link: CoreLink) -> Round:
         self._drop_refused()
-        counts = self._forget_waves(link)
+        counts = self._waves.forget(link)
         ready = self._round.ready(self._target_groups)
         groups = list(ready.values())
         carry = self._round.stats(groups)
@@ -410,19 +393,6 @@ class CarryRun:
         )
         self._end()
         return round_
-
-    def _close_waves(self, link: CoreLink) -> None:
-        for wave in self._waves:
-            with contextlib.suppress(InvalidInputError):
-                link.rpc("close_round", round=wave)
-
-    def _forget_waves(self, link: CoreLink) -> list[dict[str, Any]]:
-        """The scheduler's numbers of every wave that had a member."""
-        counts = []
-        for wave in self._waves:
-            with contextlib.suppress(InvalidInputError):
-                counts.append(link.rpc("forget_round", round=wave))
-        return counts
 
     def _end(self) -> None:
         with self._ending:

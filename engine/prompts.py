@@ -33,7 +33,8 @@ class Prompt:
         group_id: id of the group, unique among the prompts that are given together; its position by default.
         max_tokens: output budget in tokens, one for all members or one a member; `SamplingConfig`'s by default.
         seed: member `i` samples with `seed + i`; by default what `SamplingConfig.seed` gives the group's position.
-        metadata: returned with every trajectory, unchanged.
+        metadata: returned with every trajectory, unchanged; strings for keys, and plain data where a journal or a file
+            holds it.
 
     """
 

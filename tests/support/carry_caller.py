@@ -301,7 +301,7 @@ class Caller:
                     "parked tokens taken up": carry.num_parked_tokens,
                     "recomputed tokens": carry.num_reprefilled_tokens,
                     "masked tokens": carry.num_masked_tokens,
-                    "later waves": max(0, len(self.run._waves) - 1),
+                    "later waves": max(0, len(self.run._waves.ids) - 1),
                 }
                 | {f"filtered, {reason}": count for reason, count in carry.filtered_reasons.items()}
             )
