@@ -6,9 +6,11 @@ Used by `scheduler_overhead.py` and by the tests of the scheduler, so that both 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,12 +42,16 @@ def write_model_config(folder: Path) -> Path:
 
 
 def make_vllm_config(model_dir: Path, **args: Any) -> VllmConfig:
-    """vLLM's configuration for the harness; `args` are `EngineArgs` fields."""
+    """vLLM's configuration for the harness; `args` are `EngineArgs` fields.
+
+    The environment stays as it is: vLLM's CPU platform writes into it what its workers preload.
+    """
     defaults: dict[str, Any] = {
         "dtype": "float32", "max_model_len": 4096, "max_num_seqs": 1024, "max_num_batched_tokens": 8192,
         "block_size": BLOCK_SIZE, "enforce_eager": True, "skip_tokenizer_init": True,
     }  # fmt: skip
-    return EngineArgs(model=str(model_dir), **(defaults | args)).create_engine_config()
+    with patch.dict(os.environ):
+        return EngineArgs(model=str(model_dir), **(defaults | args)).create_engine_config()
 
 
 class SchedulerHarness:
