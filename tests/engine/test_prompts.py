@@ -66,6 +66,7 @@ def test_the_three_kinds_of_prompts() -> None:
         (Prompt(text="a", token_ids=[1]), "prompts[0]"),
         (Prompt(text="a", group_id=""), "prompts[0].group_id"),
         (Prompt(text="a", metadata=[1]), "prompts[0].metadata"),  # type: ignore[arg-type]
+        (Prompt(text="a", metadata={7: "x"}), "prompts[0].metadata"),  # type: ignore[dict-item]
         (Prompt(text="a", max_tokens=0), "prompts[0].max_tokens"),
         (Prompt(text="a", max_tokens=[1, 2]), "prompts[0].max_tokens"),
         (Prompt(text="a", seed=-1), "prompts[0].seed"),

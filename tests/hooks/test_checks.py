@@ -132,6 +132,8 @@ def test_a_reward_that_is_no_finite_number_is_refused(start, trajectory, reward)
         ({"loss_mask": (1, 0, 1)}, "set loss_mask to tuple"),
         ({"text": 5}, "set text to int 5"),
         ({"metadata": [1]}, "set metadata to list"),
+        ({"metadata": {7: "x"}}, "a dict with strings for keys"),
+        ({"metadata": {"x": object()}}, "that a journal or a file can't hold"),
     ],
 )
 def test_other_bad_values_are_refused_by_name(start, trajectory, changes, what) -> None:
