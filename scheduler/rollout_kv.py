@@ -7,7 +7,7 @@ is needed: an engine that never parks and never changes its weights has vLLM's o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from longtail.scheduler.kv_parking import KvParking, PrefixCacheGate, cannot_park
@@ -99,7 +99,7 @@ class RolloutKv:
         if self._parking is not None:
             self._parking.forget(keys)
 
-    def end(self, request_ids: Iterable[str]) -> None:
+    def end(self, request_ids: Collection[str]) -> None:
         """These requests left, or lost their KV."""
         for request_id in request_ids:
             self._chosen.pop(request_id, None)

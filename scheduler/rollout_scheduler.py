@@ -159,8 +159,6 @@ class RolloutMixin(_Base):
                 self._no_token_yet.discard(request_id)
         for client_outputs in outputs.values():
             for output in client_outputs.outputs:
-                if output.finish_reason is FinishReason.LENGTH and self._stop_strings:
-                    self._look_for_stop_string(output)
                 if output.finish_reason is not None:
                     self._count_finished(output, now)
                 elif self._stop_strings and (text := self._stop_strings.hit(output.request_id, output.new_token_ids)):
@@ -172,24 +170,20 @@ class RolloutMixin(_Base):
                 self._cut(request_id, by_id, outputs, now)
 
     def _count_finished(self, output: EngineCoreOutput, now: float) -> None:
-        if (member := self._drop_member(output.request_id)) is None:
+        if (member := self._members.get(output.request_id)) is None:
             return
+        if output.finish_reason is FinishReason.LENGTH and member.num_prior:
+            # The last token of its budget may complete a stop string. Of a member that was not resumed the front end
+            # finds it, and says so.
+            text = self._stop_strings.hit(output.request_id, output.new_token_ids)
+            if text is not None:
+                output.finish_reason, output.stop_reason = FinishReason.STOP, text
+        self._drop_member(output.request_id)
         if output.finish_reason in _NATURAL:
             self._book.finish(output.request_id, member.request.num_output_tokens)
         else:
             self._book.leave(output.request_id)
         _attach_report(output, member.report(now))
-
-    def _look_for_stop_string(self, output: EngineCoreOutput) -> None:
-        """The last token of a resumed member's budget may complete a stop string, which then is why it ended.
-
-        Of any other member the front end says so.
-        """
-        member = self._members.get(output.request_id)
-        if member is not None and member.num_prior:
-            text = self._stop_strings.hit(output.request_id, output.new_token_ids)
-            if text is not None:
-                output.finish_reason, output.stop_reason = FinishReason.STOP, text
 
     def _stop_at_string(self, output: EngineCoreOutput, stop_string: str, now: float) -> None:
         """End a member at a stop string in the step that completes it.
