@@ -15,11 +15,11 @@ best throughput of those whose KV the pool holds); `throughput_gain_at_2` (accep
 rollout alone; median over seeds), its `_range`, and `throughput_gain_at_2_with_training`. By sigma, for ratio 2 and KV
 `fresh`: `staleness_share_at_2` (accepted tokens by staleness), `off_policy_share_at_2`, `length_excess_at_2` (mean
 length of accepted over that of all trajectories, minus 1), `length_excess_first_round_at_2`, `idle_share_at_2` and
-`idle_share_at_1` (of the slots in use at an engine's peak),
-`reprefilled_per_token_at_2`. `adaptive` (asked to leave 3 N groups, by sigma: groups in flight over N, gain, KV usage);
-`correlated_at_2` (gain and first-round bias when half the variance is the prompt's); `gain_at_2_by_engines`;
-`million_trajectories_seconds` (wall time until 4,096 engines have 1,000,000 trajectories accepted, ratio 2, one core);
-`validation_ratio` (simulated over measured tokens a second; null: not validated). The file also holds every cell.
+`idle_share_at_1` (of the slots in use at an engine's peak), `reprefilled_per_token_at_2`. `adaptive` (asked to leave 3
+N groups, by sigma: groups in flight over N, gain, KV usage); `correlated_at_2` (gain and first-round bias when half the
+variance is the prompt's); `gain_at_2_by_engines`; `million_trajectories_seconds` (wall time until 4,096 engines have
+1,000,000 trajectories accepted, ratio 2, one core); `validation_ratio` (simulated over measured tokens a second; null:
+not validated). The file also holds every cell.
 """
 
 from __future__ import annotations

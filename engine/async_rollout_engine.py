@@ -130,15 +130,11 @@ class AsyncRolloutEngine:
 
     async def load_weights(self, checkpoint: str | os.PathLike[str], version: int | None = None) -> int:
         """See `RolloutEngine.load_weights`."""
-        new = await asyncio.wrap_future(self._engine.change_weights(version, checkpoint))
-        await asyncio.wrap_future(self._engine.tell_hooks(new))
-        return new
+        return await self._change_weights(version, checkpoint)
 
     async def declare_weights(self, version: int | None = None) -> int:
         """See `RolloutEngine.declare_weights`."""
-        new = await asyncio.wrap_future(self._engine.change_weights(version, None))
-        await asyncio.wrap_future(self._engine.tell_hooks(new))
-        return new
+        return await self._change_weights(version, None)
 
     async def counters(self) -> dict[str, Any]:
         """See `RolloutEngine.counters`."""
@@ -148,6 +144,11 @@ class AsyncRolloutEngine:
         """Stop the engine. Safe to call twice."""
         if self._started is not None:
             await asyncio.to_thread(self._started.close)
+
+    async def _change_weights(self, version: int | None, checkpoint: str | os.PathLike[str] | None) -> int:
+        new = await asyncio.wrap_future(self._engine.change_weights(version, checkpoint))
+        await asyncio.wrap_future(self._engine.tell_hooks(new))
+        return new
 
     @property
     def _engine(self) -> EngineAndBook:

@@ -284,14 +284,17 @@ class CarryRun:
         if self._round.is_full:
             self._close_wave()
             return
-        missing = self._num_groups - self._round.num_in_play - self._fresh.num_preparing
-        if missing <= 0 or (self._waves.ids and not self._waves.is_open and self._round.num_running):
+        if self._num_missing <= 0 or (self._waves.ids and not self._waves.is_open and self._round.num_running):
             return
-        self._start(self._round.waiting()[:missing])
-        missing = self._num_groups - self._round.num_in_play - self._fresh.num_preparing
-        if missing > 0:
+        self._start(self._round.waiting()[: self._num_missing])
+        if self._num_missing > 0:
             with self._discarding_unfit():
-                self._add_fresh(self._fresh.draw(missing))
+                self._add_fresh(self._fresh.draw(self._num_missing))
+
+    @property
+    def _num_missing(self) -> int:
+        """Groups that there is room for."""
+        return self._num_groups - self._round.num_in_play - self._fresh.num_preparing
 
     def _close_wave(self) -> None:
         if self._waves.is_open:

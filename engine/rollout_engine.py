@@ -278,18 +278,14 @@ class RolloutEngine:
             Exception: what vLLM says of weights that do not fit, or a hook failed with.
 
         """
-        new = self._driver.wait(self._engine.change_weights(version, checkpoint), "the weights to be loaded")
-        self._driver.wait(self._engine.tell_hooks(new), "the hooks for new weights")
-        return new
+        return self._change_weights(version, checkpoint, "the weights to be loaded")
 
     def declare_weights(self, version: int | None = None) -> int:
         """Say that you have changed the weights yourself; see `load_weights`.
 
         Nothing may run between the change and this: tokens in between would have the old version.
         """
-        new = self._driver.wait(self._engine.change_weights(version, None), "the new version")
-        self._driver.wait(self._engine.tell_hooks(new), "the hooks for new weights")
-        return new
+        return self._change_weights(version, None, "the new version")
 
     def counters(self) -> dict[str, Any]:
         """The scheduler's counters: rounds, cuts, cut members, kept tokens, free blocks, queues, parked KV."""
@@ -298,3 +294,8 @@ class RolloutEngine:
     def close(self) -> None:
         """Stop the engine. Safe to call twice."""
         self._engine.close()
+
+    def _change_weights(self, version: int | None, checkpoint: str | os.PathLike[str] | None, what: str) -> int:
+        new = self._driver.wait(self._engine.change_weights(version, checkpoint), what)
+        self._driver.wait(self._engine.tell_hooks(new), "the hooks for new weights")
+        return new

@@ -44,7 +44,7 @@ class RoundStream:
         self._on_progress = on_progress
         self._next_progress = time.monotonic()
         self._asked: Future[dict[str, Any]] | None = None
-        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._items = _Items(driver)
         self._ended: deque[Trajectory] = deque()
         self._round: Round | None = None
         run.submit(self._items.put)
@@ -68,7 +68,7 @@ class RoundStream:
                 if self._run.settle():
                     self._round = self._driver.wait(self._run.finish(), "the round's numbers")
                 else:
-                    self._ended.extend(self._run.take(self._wait()))
+                    self._ended.extend(self._run.take(self._items.get(self._report_progress)))
             if self._ended:
                 return self._ended.popleft()
             self._run.received()
@@ -84,14 +84,6 @@ class RoundStream:
     def __del__(self) -> None:
         if hasattr(self, "_run"):
             self.close()
-
-    def _wait(self) -> Any:
-        while True:
-            self._report_progress()
-            try:
-                return self._items.get(timeout=_POLL_S)
-            except queue.Empty:
-                self._driver.check_stall()
 
     def _report_progress(self) -> None:
         if self._on_progress is None:
@@ -116,7 +108,7 @@ class GroupStream:
     def __init__(self, driver: EngineDriver, run: CarryRun) -> None:
         self._driver = driver
         self._run = run
-        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._items = _Items(driver)
         self._given: int | None = None
         run.submit(self._items.put)
 
@@ -127,11 +119,11 @@ class GroupStream:
         if self._run.has_ended:
             raise StopIteration
         try:
-            if (group := self._next_ready()) is not None:
+            if (group := _next_ready(self)) is not None:
                 return group
             while not self._run.settle():
-                self._run.take(self._wait())
-                if (group := self._next_ready()) is not None:
+                self._run.take(self._items.get())
+                if (group := _next_ready(self)) is not None:
                     return group
         except BaseException:
             self._run.cancel()
@@ -148,7 +140,7 @@ class GroupStream:
             self._run.stop()
             _acknowledge(self)
             while self._run.is_stopping and time.monotonic() < deadline:
-                self._run.take(self._wait())
+                self._run.take(self._items.get())
             if not self._run.is_stopping:
                 self._run.end()
         finally:
@@ -168,16 +160,6 @@ class GroupStream:
     def __del__(self) -> None:
         if hasattr(self, "_run"):
             self._run.cancel()
-
-    def _next_ready(self) -> Group | None:
-        return _next_ready(self)
-
-    def _wait(self) -> Any:
-        while True:
-            try:
-                return self._items.get(timeout=_POLL_S)
-            except queue.Empty:
-                self._driver.check_stall()
 
 
 class AsyncRoundStream:
@@ -281,6 +263,26 @@ class AsyncGroupStream:
     def __del__(self) -> None:
         if hasattr(self, "_run"):
             self._run.cancel()
+
+
+class _Items:
+    """Items of other threads for one that waits for them."""
+
+    def __init__(self, driver: EngineDriver) -> None:
+        self._driver = driver
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def put(self, item: Any) -> None:
+        self._items.put(item)
+
+    def get(self, meanwhile: Callable[[], None] | None = None) -> Any:
+        while True:
+            if meanwhile is not None:
+                meanwhile()
+            try:
+                return self._items.get(timeout=_POLL_S)
+            except queue.Empty:
+                self._driver.check_stall()
 
 
 class _AsyncItems:

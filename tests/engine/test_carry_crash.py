@@ -274,6 +274,18 @@ def as_the_next_process_finds_it(path: Path) -> GroupStore:
     return store
 
 
+def check_that_the_next_process_goes_on(receiver: Receiver, path: Path) -> None:
+    """The receiver's store can't be used any more; nothing that it acknowledged is gone."""
+    with contextlib.suppress(JournalError):
+        receiver.rounds.store.close()
+    found = GroupStore(path)
+    receiver.check(found)
+    receiver.rounds.store = found
+    receiver.run_rounds(3)
+    receiver.check(found)
+    found.close()
+
+
 def content(store: GroupStore) -> bytes:
     return msgspec.json.encode((list(store.carried.items()), list(store.banked.items()), store.totals))
 
@@ -326,29 +338,20 @@ def test_a_full_disk_loses_no_record_that_could_wait(tmp_path: Path, disk: Disk)
 
 def test_a_sync_that_fails_closes_the_journal_and_what_was_acknowledged_is_there(tmp_path: Path, disk: Disk) -> None:
     path = tmp_path / "groups.journal"
-    store = GroupStore(path)
-    receiver = Receiver(store)
+    receiver = Receiver(GroupStore(path))
     receiver.run_rounds(3)
     disk.can_sync = False
     for _ in range(2):
         with pytest.raises(JournalError):
             receiver.run_rounds(1)
         disk.can_sync = True
-    with contextlib.suppress(JournalError):
-        store.close()
-    found = GroupStore(path)
-    receiver.check(found)
-    receiver.rounds.store = found
-    receiver.run_rounds(3)
-    receiver.check(found)
-    found.close()
+    check_that_the_next_process_goes_on(receiver, path)
 
 
 def test_a_write_that_is_interrupted_closes_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the record is in the file is not known then: to write it again would make the file unreadable."""
     path = tmp_path / "groups.journal"
-    store = GroupStore(path)
-    receiver = Receiver(store)
+    receiver = Receiver(GroupStore(path))
     receiver.run_rounds(3)
     append = journal.Journal.append
 
@@ -362,14 +365,7 @@ def test_a_write_that_is_interrupted_closes_the_journal(tmp_path: Path, monkeypa
             receiver.run_rounds(1)
     with pytest.raises(JournalError, match="is closed"):
         receiver.run_rounds(1)
-    with contextlib.suppress(JournalError):
-        store.close()
-    found = GroupStore(path)
-    receiver.check(found)
-    receiver.rounds.store = found
-    receiver.run_rounds(3)
-    receiver.check(found)
-    found.close()
+    check_that_the_next_process_goes_on(receiver, path)
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

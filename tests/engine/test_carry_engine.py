@@ -425,7 +425,7 @@ def test_a_round_that_its_caller_did_not_get_is_returned_next(engine: RolloutEng
     )
     run = stream._run
     while not run.settle():
-        run.take(stream._wait())
+        run.take(stream._items.get())
     lost = engine._driver.wait(run.finish(), "the round")  # and the caller is interrupted here
     stream.close()
     again, following = rounds_of(engine, 2, SAMPLED)

@@ -16,7 +16,7 @@ import random
 import signal
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from longtail.engine import group_store, journal
@@ -274,7 +274,7 @@ def live(
     )
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Fork a life for each command; say its process id, and when it is over."""
     for line in sys.stdin:
         pid = os.fork()
@@ -287,4 +287,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
