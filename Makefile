@@ -127,7 +127,7 @@ $(STAMP): $(LOCK) setup.cfg pyproject.toml
 
 lock: ## resolve the extras of setup.cfg again into requirements/cpu.lock (LOCK_ARGS=--upgrade takes newer versions)
 	@$(ensure_uv)
-	$(BIN)/uv pip compile setup.cfg --extra cpu --extra demo --extra dev --override requirements/overrides.txt \
+	$(BIN)/uv pip compile setup.cfg --extra cpu --extra demo --extra trl --extra dev --override requirements/overrides.txt \
 	    --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(FIND_LINKS) \
 	    --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
 	    --quiet --output-file $(LOCK) $(LOCK_ARGS)
