@@ -591,8 +591,8 @@ def _decode(frames: Sequence[Buffer], decoder: msgspec.msgpack.Decoder[Any]) -> 
         problem: WireProblem = "type" if is_type else "header"
         raise WireError(problem, str(error), bytes(frames[1])[:60], _request_id(frames[1])) from error
     payload = memoryview(frames[2]).cast("B") if len(frames) == 3 else memoryview(b"")
-    announced = getattr(message, "num_bytes", 0)
-    if not 0 <= announced <= (limit := _PAYLOAD_BYTES.get(type(message), 0)):
+    announced, limit = getattr(message, "num_bytes", 0), _PAYLOAD_BYTES.get(type(message), 0)
+    if not 0 <= announced <= limit:
         what = f"0 to {limit} bytes after {type(message).__name__}"
         raise WireError("size", what, announced, getattr(message, "request_id", None))
     if payload.nbytes != announced or (len(frames) == 3) != (announced > 0):
