@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from longtail.engine.prompts import Tokenizer
 from longtail.engine.rollout_engine import EngineAndBook
 from longtail.engine.round_stream import AsyncGroupStream, AsyncRoundStream
 from longtail.engine.trajectory import Round, Trajectory
+from longtail.engine.weights import ControlOp
 
 
 class AsyncRolloutEngine:
@@ -135,6 +136,22 @@ class AsyncRolloutEngine:
     async def declare_weights(self, version: int | None = None) -> int:
         """See `RolloutEngine.declare_weights`."""
         return await self._change_weights(version, None)
+
+    async def update_weights(self, update_info: Mapping[str, Any], version: int, *, may_repeat: bool = False) -> float:
+        """See `RolloutEngine.update_weights`."""
+        pause_s = await asyncio.wrap_future(self._engine.update_weights(update_info, version, may_repeat=may_repeat))
+        await asyncio.wrap_future(self._engine.tell_hooks(version))
+        return pause_s
+
+    async def control_weights(self, op: ControlOp, info: Mapping[str, Any], version: int | None = None) -> None:
+        """See `RolloutEngine.control_weights`."""
+        await asyncio.wrap_future(self._engine.control_weights(op, info, version))
+        if op == "finish":
+            await asyncio.wrap_future(self._engine.tell_hooks(self.weight_version))
+
+    async def weights_checksum(self) -> str:
+        """See `RolloutEngine.weights_checksum`."""
+        return await asyncio.wrap_future(self._engine.weights_checksum())
 
     async def counters(self) -> dict[str, Any]:
         """See `RolloutEngine.counters`."""

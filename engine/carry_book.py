@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,3 +51,19 @@ class CarryBook:
     def close(self) -> None:
         """Give up the journal."""
         self.store.close()
+
+
+def newest_version(journal: str | os.PathLike[str]) -> int:
+    """The newest weight version that a journal has tokens of; 0 where it has none, or is not there.
+
+    Raises:
+        JournalError: the file is another's, in use, or holds what this version can't read.
+
+    """
+    if not os.path.exists(journal):
+        return 0
+    store = GroupStore(journal)
+    try:
+        return max(store.versions(), default=0)
+    finally:
+        store.close()

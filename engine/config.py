@@ -17,6 +17,8 @@ from longtail.engine.errors import InvalidInputError
 CoreMode = Literal["process", "inline"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+WeightTransfer = Literal["longtail", "nccl", "ipc"]
+
 MAX_SEED = 2**63 - 1
 
 
@@ -97,6 +99,9 @@ class EngineConfig:
         seed: of the engine; a request's own seed is in `SamplingConfig`.
         weight_version: version of the checkpoint's weights, which staleness is counted from; each later update has a
             version of its own. Not below those that the journal of `carry` has tokens of.
+        weight_transfer: how new weights reach the model: `longtail`, through shared memory from
+            `update_weights` and the trainer bridge, or one of vLLM's own ways, `nccl` and `ipc`, for
+            `control_weights`. It costs nothing until it is used.
         carry: let rounds leave unfinished groups to the next one; `None` returns them cut.
         start_timeout_s: bound on the start of the engine.
         stall_timeout_s: bound on one engine step; a round whose engine makes no step for so long fails.
@@ -120,6 +125,7 @@ class EngineConfig:
     load_tokenizer: bool = True
     seed: int = 0
     weight_version: int = 0
+    weight_transfer: WeightTransfer = "longtail"
     carry: CarryConfig | None = None
     start_timeout_s: float = 600.0
     stall_timeout_s: float = 600.0
@@ -140,11 +146,13 @@ class EngineConfig:
             _check_float("engine.gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, open_low=True)
         _check_int("engine.seed", self.seed, 0, MAX_SEED)
         _check_int("engine.weight_version", self.weight_version, 0)
+        _check_choice("engine.weight_transfer", self.weight_transfer, ("longtail", "nccl", "ipc"))
         if self.carry is not None and not isinstance(self.carry, CarryConfig):
             raise InvalidInputError("engine.carry", "a CarryConfig", self.carry)
         for name in ("start_timeout_s", "stall_timeout_s"):
             _check_float(f"engine.{name}", getattr(self, name), 0.0, open_low=True)
-        own = set(self.__dataclass_fields__) | {"scheduler_cls", "logprobs_mode", "skip_tokenizer_init"}
+        own = set(self.__dataclass_fields__)
+        own |= {"scheduler_cls", "logprobs_mode", "skip_tokenizer_init", "weight_transfer_config"}
         for name in self.vllm_args:
             if name in own:
                 raise InvalidInputError(f"engine.vllm_args.{name}", "a field that longtail does not set itself", name)

@@ -50,6 +50,10 @@ class EngineDriver:
         self._closed = False
         self.last_progress = time.monotonic()
         self.weight_version = config.weight_version
+        #: Of the segment that the weights came from, if they did.
+        self.segment_token: str | None = None
+        #: The scheduler is paused beyond one command: a step would wait for ever.
+        self.is_paused = False
         self._thread = threading.Thread(target=self._run, name="longtail-engine", daemon=True)
         self._started: Future[StartedEngine] = Future()
         self._thread.start()
@@ -66,6 +70,12 @@ class EngineDriver:
     def num_in_flight(self) -> int:
         """Requests without a final output."""
         return len(self._sinks)
+
+    def how_it_ended(self) -> str | None:
+        """What ended the engine, also where nobody has run into it yet; `None` while it lives."""
+        if self._death is not None:
+            return str(self._death)
+        return "it was closed" if self._closed else self.engine.link.how_it_ended(patience_s=0.0)
 
     def submit(self, requests: Sequence[tuple[str, list[int], Any]], sink: Sink) -> None:
         """Submit `(request_id, prompt_token_ids, sampling_params)` requests; each sends one item to `sink`.
@@ -136,6 +146,16 @@ class EngineDriver:
         if in_flight := [one for one in request_ids if self._sinks.pop(one, None) is not None]:
             self.engine.llm_engine.abort_request(in_flight)
 
+    @property
+    def is_given_up(self) -> bool:
+        """The engine is dead, or nothing may run on it any more."""
+        return self._death is not None
+
+    def give_up(self, phase: str, error: BaseException) -> None:
+        """End everything in flight, and refuse what comes: the engine must not go on. In the driver's thread."""
+        self._phase = phase
+        self._fail_all(self._died(error))
+
     def drain(self) -> None:
         """With the scheduler paused, in the driver's thread: finish the steps in flight, whose tokens are delivered."""
         while self.engine.link.has_step_in_flight:
@@ -168,8 +188,8 @@ class EngineDriver:
         self._started.set_result(engine)
         self._phase = "rollout"
         try:
-            while self._run_commands(block=not self._sinks):
-                if self._sinks:
+            while self._run_commands(block=not self._sinks or self.is_paused):
+                if self._sinks and not self.is_paused:
                     self._step()
             self._end(EngineDeadError("shutdown", "it was closed", len(self._sinks)))
         except BaseException as error:

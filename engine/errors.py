@@ -46,6 +46,17 @@ class EngineTimeoutError(LongtailError, TimeoutError):
         super().__init__(f"waited {timeout_s:g} s for {waited_for}")
 
 
+class WeightsApplyError(LongtailError, RuntimeError):
+    """New weights did not load. The engine has its old ones, and goes on with them.
+
+    Attributes:
+        code: what a trainer is told, see `longtail.trainer_bridge.wire.RefusalCode`.
+
+    """
+
+    code = "apply"
+
+
 __all__ = [
     "EngineDeadError",
     "EngineTimeoutError",
@@ -53,5 +64,6 @@ __all__ = [
     "LongtailError",
     "ModelSourceError",
     "PatchLedgerError",
+    "WeightsApplyError",
     "shown",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Put the ledger into this process.
+    """Put the ledger and the weight transfer backends into this process.
 
     Raises:
         PatchLedgerError: this vLLM is not the one that the ledger was written for.
@@ -25,3 +25,6 @@ def register() -> None:
         # vLLM marks its plugins as loaded first: without this, a second attempt in this process would run unpatched.
         vllm.plugins.plugins_loaded = False
         raise
+    from longtail.engine.weight_backend import register_backends
+
+    register_backends()

@@ -9,10 +9,10 @@ They are not thread-safe against `close()`, but several rounds may run at once, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from longtail.engine.carry_book import CarryBook, VersionChanged
 from longtail.engine.carry_run import CarryRun
@@ -20,11 +20,20 @@ from longtail.engine.config import EngineConfig, SamplingConfig
 from longtail.engine.driver import EngineDriver
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.hook_points import HookPoints
-from longtail.engine.prompts import Tokenizer
+from longtail.engine.prompts import PromptLimits, Tokenizer
 from longtail.engine.round_run import RoundProgress, RoundRun
 from longtail.engine.round_stream import GroupStream, RoundStream
 from longtail.engine.trajectory import Round, Trajectory
-from longtail.engine.weights import change_weights, checked_checkpoint, checked_version
+from longtail.engine.weights import (
+    ControlOp,
+    change_weights,
+    check_backend,
+    checked_checkpoint,
+    checked_version,
+    control_weights,
+    update_weights,
+    weights_checksum,
+)
 
 if TYPE_CHECKING:
     from longtail.engine.core_link import CoreLink
@@ -89,11 +98,44 @@ class EngineAndBook:
         def change(link: CoreLink) -> int:
             new = checked_version(version, self.driver.weight_version)
             change_weights(self.driver, link, new, folder)
-            if self.book is not None:
-                self.book.inbox.post_to_run(VersionChanged())
+            self._tell_run()
             return new
 
         return self.driver.call_later(change)
+
+    def update_weights(self, update_info: Mapping[str, Any], version: int, *, may_repeat: bool) -> Future[float]:
+        """Load pushed weights between two steps; the future has the pause in seconds."""
+        check_backend(self.driver, is_own=True)
+
+        def update(link: CoreLink) -> float:
+            new = checked_version(version, self.driver.weight_version, may_repeat=may_repeat)
+            pause_s = update_weights(self.driver, link, new, update_info)
+            self._tell_run()
+            return pause_s
+
+        return self.driver.call_later(update)
+
+    def control_weights(self, op: ControlOp, info: Mapping[str, Any], version: int | None) -> Future[None]:
+        """One step of vLLM's own weight transfer, between two steps of the engine."""
+        if op not in get_args(ControlOp):
+            raise InvalidInputError("op", "one of " + ", ".join(get_args(ControlOp)), op)
+        check_backend(self.driver, is_own=False)
+
+        def step(link: CoreLink) -> None:
+            new = checked_version(version, self.driver.weight_version) if op == "finish" else None
+            control_weights(self.driver, link, op, info, new)
+            if op == "finish":
+                self._tell_run()
+
+        return self.driver.call_later(step)
+
+    def weights_checksum(self) -> Future[str]:
+        """Of the running model, between two steps."""
+        return self.driver.call_later(weights_checksum)
+
+    def _tell_run(self) -> None:
+        if self.book is not None:
+            self.book.inbox.post_to_run(VersionChanged())
 
     def tell_hooks(self, version: int) -> Future[None]:
         """Call the hooks for new weights."""
@@ -156,6 +198,31 @@ class RolloutEngine:
     def weight_version(self) -> int:
         """Version of the weights that the engine samples from."""
         return self._driver.weight_version
+
+    @property
+    def limits(self) -> PromptLimits:
+        """What prompts the model can take."""
+        return self._driver.engine.limits
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have not ended."""
+        return self._driver.num_in_flight
+
+    @property
+    def num_prompts_used(self) -> int:
+        """Position in the prompts of rounds that carry over: how many were submitted, after a restart too."""
+        return 0 if self._engine.book is None else self._engine.book.store.totals.cursor
+
+    @property
+    def round_to_give_again(self) -> str | None:
+        """Id of a round that was complete when the last process died: the next one that carries over returns it."""
+        recovered = None if self._engine.book is None else self._engine.book.store.recovered
+        return None if recovered is None else recovered.round_id
+
+    def how_it_ended(self) -> str | None:
+        """What ended the engine; `None` while it lives."""
+        return self._driver.how_it_ended()
 
     def rollout(
         self,
@@ -286,6 +353,53 @@ class RolloutEngine:
         Nothing may run between the change and this: tokens in between would have the old version.
         """
         return self._change_weights(version, None, "the new version")
+
+    def update_weights(self, update_info: Mapping[str, Any], version: int, *, may_repeat: bool = False) -> float:
+        """Load weights that lie in shared memory, between two steps of whatever runs: all of them, or none.
+
+        Args:
+            update_info: see `weight_transfer.py`.
+            version: above the current one.
+            may_repeat: it may also be the current one, where the engine was started with other weights than its
+                `weight_version` says, and nothing was sampled from them.
+
+        Returns:
+            For how long no step ran, in seconds.
+
+        Raises:
+            InvalidInputError: they are not the model's, or the version is not above the current one.
+            WeightsApplyError: they did not load; the engine goes on with those that it had.
+            WeightsLostError: those did not load either; the engine is dead.
+
+        """
+        pause_s = self._driver.wait(
+            self._engine.update_weights(update_info, version, may_repeat=may_repeat), "the weights to be loaded"
+        )
+        self._driver.wait(self._engine.tell_hooks(version), "the hooks for new weights")
+        return pause_s
+
+    def control_weights(self, op: ControlOp, info: Mapping[str, Any], version: int | None = None) -> None:
+        """Make a step of vLLM's own weight transfer, in an engine with that `EngineConfig.weight_transfer`.
+
+        Generation pauses from `start` to `finish`.
+
+        Args:
+            op: what vLLM's `VLLMWeightSyncClient` has a method for: `init`, `start`, `update`, `finish`.
+            info: its argument.
+            version: of the new weights, above the current one; with `finish`, one more by default.
+
+        Raises:
+            InvalidInputError: the step is not the next one, or the engine has another backend.
+            Exception: what vLLM says. After `start` the engine is dead then, because vLLM can't put weights back.
+
+        """
+        self._driver.wait(self._engine.control_weights(op, info, version), f"vLLM to {op} a transfer of weights")
+        if op == "finish":
+            self._driver.wait(self._engine.tell_hooks(self.weight_version), "the hooks for new weights")
+
+    def weights_checksum(self) -> str:
+        """A checksum of the tensors that the model computes with, which may be fused or packed. Takes long."""
+        return self._driver.wait(self._engine.weights_checksum(), "checksums of the weights")
 
     def counters(self) -> dict[str, Any]:
         """The scheduler's counters: rounds, cuts, cut members, kept tokens, free blocks, queues, parked KV."""

@@ -24,6 +24,8 @@ _POLL_S = 0.25
 _PROGRESS_S = 0.5
 #: How long a stream that is closed waits for the tokens of its members.
 _CLOSE_TIMEOUT_S = 30.0
+#: Item of a stream that is to end.
+_STOP = object()
 
 
 class RoundStream:
@@ -81,6 +83,10 @@ class RoundStream:
         """Cancel what is still running. Safe to call at any time."""
         self._run.cancel()
 
+    def interrupt(self, error: Exception) -> None:
+        """Make whoever iterates cancel the round and raise `error`. In any thread; nothing once the round is over."""
+        self._items.put(error)
+
     def __del__(self) -> None:
         if hasattr(self, "_run"):
             self.close()
@@ -122,7 +128,10 @@ class GroupStream:
             if (group := _next_ready(self)) is not None:
                 return group
             while not self._run.settle():
-                self._run.take(self._items.get())
+                if (item := self._items.get()) is _STOP:
+                    self._run.stop()
+                else:
+                    self._run.take(item)
                 if (group := _next_ready(self)) is not None:
                     return group
         except BaseException:
@@ -130,6 +139,10 @@ class GroupStream:
             raise
         self._run.end()
         raise StopIteration
+
+    def stop(self) -> None:
+        """Cut what runs and keep it; whoever iterates gets what is complete, then the end. In any thread."""
+        self._items.put(_STOP)
 
     def close(self) -> None:
         """Cut what runs, wait until its tokens are here, and keep them. Safe to call twice."""
@@ -140,7 +153,8 @@ class GroupStream:
             self._run.stop()
             _acknowledge(self)
             while self._run.is_stopping and time.monotonic() < deadline:
-                self._run.take(self._items.get())
+                if (item := self._items.get()) is not _STOP:
+                    self._run.take(item)
             if not self._run.is_stopping:
                 self._run.end()
         finally:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from longtail.engine.config import EngineConfig
 from longtail.engine.errors import InvalidInputError
+from longtail.engine.weight_backend import VLLM_BACKENDS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,6 +41,7 @@ def engine_args(config: EngineConfig, model_dir: Path, *, on_cpu: bool) -> dict[
         "scheduler_cls": SCHEDULER,
         "logprobs_mode": LOGPROBS_MODE,
         "async_scheduling": config.async_scheduling,
+        "weight_transfer_config": {"backend": VLLM_BACKENDS[config.weight_transfer]},
     }
     if on_cpu:
         args["kv_cache_memory_bytes"] = int(config.kv_cache_gib * _GIB)

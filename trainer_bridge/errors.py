@@ -63,6 +63,25 @@ class WeightsPushError(BridgeRefusedError):
     """A push of weights did not take place: the engine goes on with the version that it had."""
 
 
+class PushRefusedError(LongtailError, ValueError):
+    """In the service: a push of weights is over, or was not begun, and changed nothing.
+
+    Attributes:
+        code: see `wire.RefusalCode`.
+        field: what was wrong, below the message that had it.
+        expected: what would have been right.
+        got: what came.
+
+    """
+
+    def __init__(self, code: RefusalCode, field: str, expected: str, got: object) -> None:
+        self.code = code
+        self.field = field
+        self.expected = expected
+        self.got = shown(got)
+        super().__init__(f"{field}: expected {expected}, got {self.got}")
+
+
 __all__ = [
     "BridgeClosedError",
     "BridgeError",
@@ -70,6 +89,7 @@ __all__ = [
     "BridgeTimeoutError",
     "InvalidInputError",
     "LongtailError",
+    "PushRefusedError",
     "WeightsPushError",
     "WireError",
     "shown",

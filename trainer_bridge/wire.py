@@ -56,6 +56,7 @@ RefusalCode = Literal[
     "apply",  # the new weights did not load; the old version was put back and serves
     "engine",  # the engine died or timed out
     "wire",  # the message could not be read
+    "cancelled",  # somebody asked for the end of the round
     "unsupported",  # this engine or transport can't
 ]
 EngineState = Literal["starting", "idle", "running", "throttled", "updating", "needs_weights", "dead"]

@@ -18,6 +18,8 @@ from rich.console import Console
 
 from longtail.engine.cli.options import (
     DEFAULT_MODEL,
+    BridgeOptions,
+    CarryOptions,
     CommonOptions,
     CoreOption,
     EngineOptions,
@@ -126,10 +128,13 @@ def rollout(
 @command
 def serve(
     server: ServerOptions,
+    bridge: BridgeOptions,
+    carry: CarryOptions,
     model: ModelOptions,
     engine: EngineOptions,
     runtime: RuntimeOptions,
     common: CommonOptions,
+    core: CoreOption = None,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -140,20 +145,38 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve a model: vLLM's OpenAI-compatible API, and rounds at POST /v1/rollouts."""
+    """Serve a model: vLLM's OpenAI-compatible API, and rounds at POST /v1/rollouts; or with --bridge a trainer."""
+    from longtail.engine.cli.bridge import check_options, serve_bridge
     from longtail.engine.cli.engine_output import longtail_log_on, quiet_vllm
     from longtail.engine.cli.model import make_ready
     from longtail.engine.server.serve import serve as run_server
 
     console = Console(stderr=True)
-    fields = engine_fields(engine, runtime)
+    check_options(bridge, carry, server.given())
+    fields = engine_fields(engine, runtime, core)
     if not common.verbose:
         fields["vllm_args"] = quiet_vllm() | fields.get("vllm_args", {})
+    if bridge.bridge is not None:
+        serve_bridge(model.model or DEFAULT_MODEL, fields, bridge, carry, console)
+        return
     config = engine_config(model.model or DEFAULT_MODEL, fields)
     ServerConfig(api_key=api_key, **server.given())
     make_ready(config.model, "float32", console)
     with longtail_log_on(console):
         run_server(config, api_key=api_key, **server.given())
+
+
+@app.command()
+@command
+def keys(
+    common: CommonOptions,
+    folder: Annotated[Path, typer.Argument(help="Folder for the keys; made when there is none.")],
+    client: Annotated[list[str] | None, typer.Option(help="Name of a client. Repeatable. Default: client.")] = None,
+) -> None:
+    """Make CURVE keys for a bridge: a pair for the service, and one for each client."""
+    from longtail.engine.cli.keys import write_keys
+
+    write_keys(folder, client or ["client"], Console())
 
 
 @app.command()

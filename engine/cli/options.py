@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 import msgspec
 import typer
 
+from longtail.engine.carry_config import CarryConfig
 from longtail.engine.cli.failures import errors_as_lines
 from longtail.engine.config import CoreMode, EngineConfig, RuntimeConfig, SamplingConfig
 from longtail.engine.errors import InvalidInputError
@@ -98,6 +99,9 @@ class EngineOptions(OptionGroup):
     enable_prefix_caching: Annotated[bool | None, "Share the KV of equal prefixes."] = None
     async_scheduling: Annotated[bool | None, "Schedule a step while another runs. Default: vLLM's choice."] = None
     enforce_eager: Annotated[bool | None, "No compilation, no graphs. Default: yes on a CPU only."] = None
+    weight_transfer: Annotated[
+        Literal["longtail", "nccl", "ipc"] | None, "How a trainer's weights come: through longtail, or vLLM's own way."
+    ] = None
     engine_seed: Annotated[int | None, "Of the engine's own random stream. Default: 0."] = None
     start_timeout_s: Annotated[float | None, "Bound on the start of the engine, in seconds."] = None
     stall_timeout_s: Annotated[float | None, "A round fails when no step ends for so many seconds."] = None
@@ -160,6 +164,47 @@ class ServerOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BridgeOptions(OptionGroup):
+    """The bridge to a trainer, fields of `BridgeConfig` besides the port of the metrics."""
+
+    HEADING = "Bridge"
+
+    bridge: Annotated[
+        str | None, "Serve a trainer over ZeroMQ at tcp://HOST:PORT, instead of HTTP; port 0 lets the system pick."
+    ] = None
+    state: Annotated[
+        Path | None, "Folder of what survives a restart: carried groups, prompts, deliveries. Default: in memory."
+    ] = None
+    keys: Annotated[Path | None, "Folder of CURVE keys (longtail keys DIR), required off loopback."] = None
+    insecure_no_auth: Annotated[bool, "Listen beyond this machine although there are no keys."] = False
+    metrics_port: Annotated[int | None, "Serve Prometheus series at this port of 127.0.0.1."] = None
+    heartbeat_s: Annotated[float | None, "Seconds between two signs of life. Default: 1."] = None
+    max_unacked: Annotated[
+        int | None, "No round starts while so many deliveries are not acknowledged. Default: 4096."
+    ] = None
+    max_unacked_bytes: Annotated[int | None, "The same in bytes. Default: 1 GiB."] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CarryOptions(OptionGroup):
+    """Fields of `CarryConfig` that a bridge's rounds have."""
+
+    HEADING = "Rounds of a bridge, which carry unfinished groups over"
+    DEFAULTS = CarryConfig
+
+    kv_policy: Annotated[str | None, "What new weights do to KV: fresh, stale or stale_up_to:k."] = None
+    park: Annotated[bool | None, "Keep the KV of cut trajectories."] = None
+    share_prefix: Annotated[bool | None, "Let new requests use prefix blocks of older weights."] = None
+    max_staleness: Annotated[int | None, "Versions that a token may be old when returned. Default: no bound."] = None
+    on_stale: Annotated[Literal["mask", "restart", "drop"] | None, "What happens beyond it."] = None
+    admission: Annotated[
+        Literal["carried_first", "nearly_complete_first", "longest_remaining_first", "fifo"] | None,
+        "Which carried groups run first.",
+    ] = None
+    target_carried: Annotated[int | None, "Aim at so many carried groups a round."] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CommonOptions(OptionGroup):
     """What every command has."""
 
@@ -171,7 +216,14 @@ class CommonOptions(OptionGroup):
 
 #: Options that belong to no group.
 _SINGLE_OPTIONS = frozenset({"api_key", "continue", "core", "out", "overwrite", "rebuild", "report", "verify"})
-_SECTION = re.compile(r"^(engine|sampling|runtime|server)\.")
+#: Fields of errors whose option is called otherwise.
+_NAMED = {
+    "task.size": "num_prompts",
+    "task.seed": "task_seed",
+    "engine.seed": "engine_seed",
+    "bridge.address": "bridge",
+}
+_SECTION = re.compile(r"^(engine|sampling|runtime|server|bridge|carry)\.")
 
 CoreOption = Annotated[
     CoreMode | None,
@@ -210,7 +262,7 @@ def engine_config(model: str, fields: Mapping[str, Any]) -> EngineConfig:
 
 def flag_of(field: str) -> str:
     """A field's path in an error, as the user typed it: `sampling.top_p` is `--top-p`."""
-    named = {"task.size": "num_prompts", "task.seed": "task_seed", "engine.seed": "engine_seed"}.get(field, field)
+    named = _NAMED.get(field, field)
     name = _SECTION.sub("", named)
     stem = re.sub(r"\[\d+\]$", "", name)
     known = stem in _SINGLE_OPTIONS or any(stem in kind.__dataclass_fields__ for kind in OptionGroup.__subclasses__())

@@ -35,9 +35,13 @@ _OUTCOME_WORDS: dict[Outcome, str] = {
 def write_report(
     path: str | os.PathLike[str], round: Round | Sequence[Round], *, title: str, settings: Mapping[str, str]
 ) -> None:
-    """Write the page about `round` to `path`, in one step: a reader sees the old file or the whole new one."""
+    """Write the page about `round` to `path`."""
     rounds = [round] if isinstance(round, Round) else list(round)
-    page = render_report(rounds, title=title, settings=settings)
+    write_page(path, render_report(rounds, title=title, settings=settings))
+
+
+def write_page(path: str | os.PathLike[str], page: str) -> None:
+    """Write a page in one step: a reader sees the old file or the whole new one."""
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
     # A lone surrogate in a model's text has no UTF-8; as a character reference it is just one odd character.
@@ -52,11 +56,22 @@ def render_report(rounds: Sequence[Round], *, title: str, settings: Mapping[str,
     if len(summaries) > 1:
         body.append(rounds_table(summaries))
     body.extend(_round_section(summary, with_heading=len(summaries) > 1) for summary in summaries)
-    if settings:
-        rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in settings.items())
-        body.append(f'<div class="card long settings"><h3>Settings</h3><table>{rows}</table></div>')
+    body.append(settings_card(settings))
+    return render_page(title, body)
+
+
+def render_page(title: str, body: Sequence[str]) -> str:
+    """A page of these parts, which are HTML; empty ones are left out."""
     template = files("longtail.engine.cli").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     return Template(template).substitute(title=escape(title), body="\n".join(part for part in body if part))
+
+
+def settings_card(settings: Mapping[str, str]) -> str:
+    """What the run was asked for."""
+    if not settings:
+        return ""
+    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in settings.items())
+    return f'<div class="card long settings"><h3>Settings</h3><table>{rows}</table></div>'
 
 
 def _round_section(summary: RoundSummary, with_heading: bool) -> str:
@@ -114,6 +129,11 @@ def _tiles(summary: RoundSummary) -> str:
         ("n/a" if median is None else str(median), f"tokens in the median answer; longest {longest or 'n/a'}"),
         (shown_number(idle, ".0%"), f"of the batch idle (at most {summary.occupancy.peak} ran at once)"),
     ]
+    return tiles_row(tiles)
+
+
+def tiles_row(tiles: Iterable[tuple[str, str]]) -> str:
+    """The main figures: each a number, and what it is."""
     cells = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles)
     return f'<div class="tiles">{cells}</div>'
 
@@ -122,7 +142,7 @@ def _histogram_card(summary: RoundSummary) -> str:
     lengths = summary.lengths
     picture = histogram_svg(summary)
     if not picture:
-        return _card("How long the answers are", "No trajectory started, so there are no lengths.")
+        return card("How long the answers are", "No trajectory started, so there are no lengths.")
     caption = ["Each bar counts the trajectories whose output had so many tokens."]
     if (share := lengths.top_share(0.9)) is not None and len(lengths.all) >= 10:
         caption.append(
@@ -141,14 +161,14 @@ def _histogram_card(summary: RoundSummary) -> str:
         caption.append(f"Ended because the token budget was used up: {summary.num_out_of_budget}.")
     if summary.num_never_started:
         caption.append(f"Never started, so not in this picture: {summary.num_never_started}.")
-    return _card("How long the answers are", " ".join(caption), _legend(keys), picture)
+    return card("How long the answers are", " ".join(caption), _legend(keys), picture)
 
 
 def _timeline_card(summary: RoundSummary) -> str:
     timeline = Timeline.of(summary.round.groups)
     picture = timeline_svg(summary, timeline)
     if not picture:
-        return _card("When each trajectory ran", "There are no trajectories to draw.")
+        return card("When each trajectory ran", "There are no trajectories to draw.")
     caption = [
         "Each bar is one trajectory, from its first step in the batch to its last; the members of a group lie "
         "together on one shade, complete groups on top in the order in which they were complete. A thin grey "
@@ -173,7 +193,7 @@ def _timeline_card(summary: RoundSummary) -> str:
             f"{timeline.num_trajectories:,} trajectories. The lower picture counts all."
         )
     present = [(outcome, _OUTCOME_WORDS[outcome], number) for outcome, number in summary.outcomes.items() if number]
-    return _card("When each trajectory ran", " ".join(caption), _legend(present), picture)
+    return card("When each trajectory ran", " ".join(caption), _legend(present), picture)
 
 
 def _legend(keys: Iterable[tuple[str, str, int]]) -> str:
@@ -185,7 +205,8 @@ def _legend(keys: Iterable[tuple[str, str, int]]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def _card(heading: str, caption: str, *parts: str) -> str:
+def card(heading: str, caption: str, *parts: str) -> str:
+    """A picture with its heading and caption; `parts` are the legend and the picture, both HTML, or nothing."""
     keys, picture = parts if parts else ("", "")
     body = f'{keys}<div class="scroll">{picture}</div>' if picture else ""
     return f'<figure class="card"><h3>{escape(heading)}</h3><figcaption>{escape(caption)}</figcaption>{body}</figure>'

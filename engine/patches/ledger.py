@@ -27,11 +27,14 @@ from longtail.engine.patches import (
     cpu_override_scan,
     cpu_padded_drafts,
     cpu_seeded_prefill,
+    cpu_tied_reload,
+    cpu_weight_digests,
     fast_start,
     kv_parking,
     request_check,
     resumed_seeds,
     worker_report,
+    worker_weights,
 )
 from longtail.engine.patches.entry import Change, Entry, fingerprint, module_file
 from longtail.engine.patches.installation import INSTALL, SUPPORTED_VERSIONS, check_plugin, supported_release
@@ -42,11 +45,14 @@ from longtail.engine.patches.on_import import ImportHooks
 ENTRIES: tuple[Entry, ...] = (
     core_rpc.ENTRY,
     worker_report.ENTRY,
+    worker_weights.ENTRY,
     request_check.ENTRY,
     cpu_override_scan.ENTRY,
     cpu_expand.ENTRY,
     cpu_padded_drafts.ENTRY,
     cpu_seeded_prefill.ENTRY,
+    cpu_tied_reload.ENTRY,
+    cpu_weight_digests.ENTRY,
     resumed_seeds.ENTRY,
 )
 

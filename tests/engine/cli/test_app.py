@@ -89,7 +89,7 @@ def test_engine_options_reach_the_configuration_and_nothing_is_left_out() -> Non
         "dtype": "float32", "max_model_len": 7, "max_num_seqs": 8, "max_num_batched_tokens": 9, "block_size": 32,
         "kv_cache_gib": 0.5, "gpu_memory_utilization": 0.4, "enable_prefix_caching": False, "async_scheduling": True,
         "enforce_eager": False, "engine_seed": 3, "start_timeout_s": 1.0, "stall_timeout_s": 2.0,
-        "vllm_arg": ["swap-space=4", "tokenizer=some/dir"],
+        "weight_transfer": "ipc", "vllm_arg": ["swap-space=4", "tokenizer=some/dir"],
     }  # fmt: skip
     assert set(given) == {field.name for field in fields(options.EngineOptions)}
     runtime = options.RuntimeOptions(omp_threads=2, allocator="system")

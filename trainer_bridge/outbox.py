@@ -1,0 +1,318 @@
+"""Deliveries that the trainer has not acknowledged: numbered, durable, each round once.
+
+What `put_group` and `put_round` returned from is here until it is acknowledged, whatever dies meanwhile; a round whose
+id was taken is never taken again, nor is the group that a stream gave last, so that what the engine gives a second
+time after a crash is known. Without a path all of it lasts as long as the process.
+
+One thread at a time writes, under a lock; `entry` and the numbers may be read by any thread at any time without one.
+It does not know sockets, and what payloads mean.
+
+The journal's records are structs of this module; a `_Put` is followed by its payload as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from longtail.engine.errors import InvalidInputError
+from longtail.engine.journal import Journal, JournalError
+from longtail.trainer_bridge.refusals import Refusal
+from longtail.trainer_bridge.wire import MAX_DELIVERY_BYTES
+
+#: Ids of rounds that were taken; an engine repeats its last round only, and a client one that it waits for.
+MAX_TAKEN_IDS = 1000
+
+_MAX_FRAME_BYTES = 1 << 28
+#: Below this a journal is not worth compacting.
+_MIN_COMPACT_BYTES = 1 << 22
+_GROWTH = 3
+_POLL_S = 0.5
+
+_logger = logging.getLogger("longtail.trainer_bridge.outbox")
+
+
+class Entry(NamedTuple):
+    """One delivery; `is_part` of a round that was put whole."""
+
+    seq: int
+    round_id: str
+    kind: Literal["group", "round"]
+    payload: bytes
+    is_part: bool
+
+
+class _Record(msgspec.Struct, tag=True, frozen=True):
+    pass
+
+
+class _Put(_Record, frozen=True):
+    seq: int
+    round_id: str
+    kind: Literal["group", "round"]
+    is_part: bool = False
+    key: str | None = None
+
+
+class _Acked(_Record, frozen=True):
+    seq: int
+
+
+class _State(_Record, frozen=True):
+    """First record of every file; entries follow when it was compacted."""
+
+    epoch: str
+    engine_id: str
+    acked: int = 0
+    taken: list[str] = []
+    num_put: dict[str, int] = {}
+    stream_key: str | None = None
+
+
+class Outbox:
+    """See the module.
+
+    Args:
+        path: of the journal; `None` keeps everything in memory.
+        max_unacked: with so many entries there is no room any more,
+        max_unacked_bytes: or with so many bytes of payload. Nothing is refused for it: who puts asks before.
+
+    Attributes:
+        epoch: names this stream of deliveries.
+        engine_id: names the state that it belongs to.
+        acked: everything up to here is done with.
+        last_seq: the newest entry.
+        num_unacked: entries that are here; `num_unacked_bytes` their payloads.
+        stream_key: of the group that a stream gave last.
+
+    Raises:
+        JournalError: the file is another's, in use, or holds what this version can't read.
+
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        max_unacked: int = 4096,
+        max_unacked_bytes: int = 1 << 30,
+    ) -> None:
+        self.acked = 0
+        self.last_seq = 0
+        self.num_unacked_bytes = 0
+        self.stream_key: str | None = None
+        self.epoch = self.engine_id = ""
+        self._max_unacked = max_unacked
+        self._max_unacked_bytes = max_unacked_bytes
+        self._entries: dict[int, Entry] = {}
+        self._taken: dict[str, None] = {}
+        self._num_put: dict[str, int] = {}
+        self._writing = threading.Lock()
+        self._room = threading.Condition()
+        self._min_compact_bytes = _MIN_COMPACT_BYTES
+        self._journal = None if path is None else Journal(path)
+        try:
+            if self._journal is not None:
+                self._replay(self._journal)
+            if not self.epoch:
+                self._commit([(_State(secrets.token_hex(8), secrets.token_hex(8)), None)])
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give up the journal."""
+        with self._writing:
+            if self._journal is not None:
+                self._journal.close()
+
+    @property
+    def num_unacked(self) -> int:
+        """See the class."""
+        return self.last_seq - self.acked
+
+    @property
+    def has_room(self) -> bool:
+        """A round may start."""
+        return self.num_unacked < self._max_unacked and self.num_unacked_bytes < self._max_unacked_bytes
+
+    def wait_for_room(self, is_stopped: Callable[[], bool]) -> None:
+        """Return when there is room, or when `is_stopped` says so (asked every half second, and after `wake`)."""
+        with self._room:
+            while not (self.has_room or is_stopped()):
+                self._room.wait(_POLL_S)
+
+    def wake(self) -> None:
+        """Let `wait_for_room` ask again."""
+        with self._room:
+            self._room.notify_all()
+
+    def entry(self, seq: int) -> Entry | None:
+        """A delivery that is here."""
+        return self._entries.get(seq)
+
+    def is_taken(self, round_id: str) -> bool:
+        """A round of this id was put whole."""
+        return round_id in self._taken
+
+    # ---- changes -----------------------------------------------------------------------------------------------
+
+    def put_group(self, round_id: str, payload: bytes, key: str | None) -> None:
+        """Take a stream's group; on the disk when it returns. `key` names the group for good.
+
+        Raises:
+            Refusal: it is longer than a delivery can be.
+            JournalError: it is not on the disk, and not here.
+
+        """
+        with self._writing:
+            self._commit([(_Put(self.last_seq + 1, round_id, "group", key=key), _checked(payload))])
+            self._compact_if_large()
+
+    def put_round(self, round_id: str, groups: Sequence[bytes], end: bytes) -> bool:
+        """Take a round: its groups, then the round itself. False if it was taken before.
+
+        All of it is on the disk when it returns. If it raises, some of the groups may be; calling it again goes on
+        with the others.
+
+        Raises:
+            Refusal: one is longer than a delivery can be.
+            JournalError: not all of it is on the disk.
+
+        """
+        for payload in (*groups, end):
+            _checked(payload)
+        with self._writing:
+            if round_id in self._taken:
+                return False
+            left = [("group", payload) for payload in groups[self._num_put.get(round_id, 0) :]]
+            for batch in _batches([*left, ("round", end)]):
+                first = self.last_seq + 1
+                self._commit([(_Put(first + i, round_id, kind, True), body) for i, (kind, body) in enumerate(batch)])
+            self._compact_if_large()
+            return True
+
+    def ack(self, seq: int) -> int:
+        """Forget everything up to `seq`; on the disk when it returns. Returns how many entries that were.
+
+        Raises:
+            InvalidInputError: there is no delivery `seq` yet.
+            JournalError: it is not on the disk, and nothing is forgotten.
+
+        """
+        with self._writing:
+            if seq > self.last_seq:
+                raise InvalidInputError("seq", f"at most {self.last_seq}, the newest delivery", seq)
+            if (num_removed := seq - self.acked) > 0:
+                self._commit([(_Acked(seq), None)])
+                self._compact_if_large()
+        self.wake()
+        return max(num_removed, 0)
+
+    def _commit(self, records: Sequence[tuple[_Record, bytes | None]]) -> None:
+        if self._journal is not None:
+            self._journal.append([part for record in records for part in _parts(*record)])
+        for record, payload in records:
+            self._apply(record, payload)
+
+    def _apply(self, record: _Record, payload: bytes | None) -> None:
+        match record:
+            case _Put(seq, round_id, kind, is_part, key):
+                assert payload is not None
+                self._entries[seq] = Entry(seq, round_id, kind, payload, is_part)
+                self.num_unacked_bytes += len(payload)
+                self.stream_key = key or self.stream_key
+                if kind == "round":
+                    self._take(round_id)
+                elif is_part:
+                    self._num_put[round_id] = self._num_put.get(round_id, 0) + 1
+                # Last: whoever reads the number without the lock finds the entry.
+                self.last_seq = seq
+            case _Acked(seq):
+                first, self.acked = self.acked + 1, seq
+                for old in range(first, seq + 1):
+                    self.num_unacked_bytes -= len(self._entries.pop(old).payload)
+            case _State():
+                self.epoch, self.engine_id, self.stream_key = record.epoch, record.engine_id, record.stream_key
+                self.last_seq = self.acked = record.acked
+                self._taken, self._num_put = dict.fromkeys(record.taken), dict(record.num_put)
+            case _:
+                raise AssertionError(record)
+
+    def _take(self, round_id: str) -> None:
+        self._num_put.pop(round_id, None)
+        self._taken[round_id] = None
+        while len(self._taken) > MAX_TAKEN_IDS:
+            del self._taken[next(iter(self._taken))]
+
+    # ---- the journal -------------------------------------------------------------------------------------------
+
+    def _replay(self, journal: Journal) -> None:
+        payloads = iter(journal.take())
+        for number, payload in enumerate(payloads):
+            try:
+                record = _decoder.decode(payload)
+                if isinstance(record, _State) != (number == 0):
+                    raise ValueError("a file has one state, at its beginning")
+                if isinstance(record, _Put) and record.seq != self.last_seq + 1:
+                    raise ValueError(f"number {record.seq} after {self.last_seq}")
+                self._apply(record, next(payloads) if isinstance(record, _Put) else None)
+            except (msgspec.DecodeError, KeyError, ValueError, StopIteration) as error:
+                raise JournalError(journal.path, f"record {number} is not one of deliveries ({error!r})") from error
+
+    def _compact_if_large(self) -> None:
+        journal = self._journal
+        if journal is None or journal.num_bytes < max(self._min_compact_bytes, _GROWTH * self.num_unacked_bytes):
+            return
+        num_put = dict(self._num_put)
+        for entry in self._entries.values():  # reading them again counts them again
+            if entry.is_part and entry.round_id in num_put:
+                num_put[entry.round_id] -= 1
+        state = _State(self.epoch, self.engine_id, self.acked, list(self._taken), num_put, self.stream_key)
+        records: list[tuple[_Record, bytes | None]] = [(state, None)]
+        records += [(_Put(e.seq, e.round_id, e.kind, e.is_part), e.payload) for e in self._entries.values()]
+        try:
+            journal.compact([part for record in records for part in _parts(*record)])
+            self._min_compact_bytes = _MIN_COMPACT_BYTES
+        except JournalError as error:
+            # What was to be on the disk is there. A journal that can't be used says so at the next change.
+            _logger.warning("deliveries could not be compacted: %s", error)
+            self._min_compact_bytes = journal.num_bytes + _MIN_COMPACT_BYTES
+
+
+def _parts(record: _Record, payload: bytes | None) -> Iterator[bytes]:
+    yield _encoder.encode(record)
+    if payload is not None:
+        yield payload
+
+
+def _batches(items: Sequence[tuple[Any, bytes]]) -> Iterator[list[tuple[Any, bytes]]]:
+    """Parts that fit a frame of the journal."""
+    batch: list[tuple[Any, bytes]] = []
+    num_bytes = 0
+    for item in items:
+        if batch and num_bytes + len(item[1]) > _MAX_FRAME_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(item)
+        num_bytes += len(item[1])
+    yield batch
+
+
+def _checked(payload: bytes) -> bytes:
+    # A frame of the journal has the record beside it.
+    if len(payload) > (limit := MAX_DELIVERY_BYTES - 4096):
+        raise Refusal(
+            "full", "a delivery is too long", field="delivery", expected=f"at most {limit} bytes", got=len(payload)
+        )
+    return payload
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_Put | _Acked | _State)

@@ -1,0 +1,81 @@
+"""How the service says no: what is refused is an exception here, and one message on the wire."""
+
+from __future__ import annotations
+
+from typing import cast, get_args
+
+from longtail.engine.errors import EngineDeadError, EngineTimeoutError, InvalidInputError
+from longtail.engine.journal import JournalError
+from longtail.scheduler.errors import LongtailError, shown
+from longtail.trainer_bridge import wire
+
+_MAX_MESSAGE_CHARS = 2000
+
+
+class Refusal(LongtailError):
+    """What a client asked for is not done, and nothing was changed.
+
+    Attributes:
+        code: see `wire.RefusalCode`.
+        field: that is wrong, or `""`. `expected` and `got` say how.
+
+    """
+
+    def __init__(
+        self, code: wire.RefusalCode, message: str, *, field: str = "", expected: str = "", got: object = ""
+    ) -> None:
+        self.code = code
+        self.field = field
+        self.expected = expected
+        self.got = got if isinstance(got, str) else shown(got)
+        super().__init__(message)
+
+
+def refusal_of(error: BaseException) -> Refusal:
+    """The refusal that an exception amounts to; what nobody foresaw is the engine's."""
+    match error:
+        case Refusal():
+            return error
+        case InvalidInputError():
+            return Refusal("invalid", str(error), field=error.field, expected=error.expected, got=error.got)
+        case wire.WireError():
+            return Refusal("wire", str(error), field=error.problem, expected=error.expected, got=error.got)
+        case JournalError():
+            return Refusal("full", f"it could not be written: {error}")
+        case EngineDeadError() | EngineTimeoutError():
+            return Refusal("engine", str(error))
+    if (code := getattr(error, "code", None)) in get_args(wire.RefusalCode):  # a push that was refused
+        fields = {name: getattr(error, name, "") for name in ("field", "expected", "got")}
+        return Refusal(cast(wire.RefusalCode, code), str(error), **fields)
+    return Refusal("engine", f"{type(error).__name__}: {error}")
+
+
+def refused(error: BaseException, reply_to: int | None = None, push_id: str | None = None) -> wire.Refused:
+    """The message about it."""
+    refusal = refusal_of(error)
+    return wire.Refused(
+        code=refusal.code,
+        message=_short(str(refusal)),
+        reply_to=reply_to,
+        field=_short(refusal.field),
+        expected=_short(refusal.expected),
+        got=_short(refusal.got),
+        push_id=push_id,
+    )
+
+
+def round_failed(error: BaseException, round_id: str) -> wire.RoundFailed:
+    """The message about a round that it ended."""
+    refusal = refusal_of(error)
+    return wire.RoundFailed(
+        round_id=round_id,
+        code=refusal.code,
+        message=_short(str(refusal)),
+        field=_short(refusal.field),
+        expected=_short(refusal.expected),
+        got=_short(refusal.got),
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_MESSAGE_CHARS else text[: _MAX_MESSAGE_CHARS - 3] + "..."
