@@ -27,9 +27,11 @@ endif
 DEMO_ARGS ?= --task letter_counting --group-size 4 --target-groups 6 --over-provision 2 --temperature 1 --top-p 0.95 \
     --max-tokens 512 --max-num-seqs 32 --seed 0 --out runs/demo.jsonl --report report.html --overwrite
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
+SOAK_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help setup demo test check lint types format bench lock build clean
+.PHONY: help setup demo test chaos soak check lint types format bench lock build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +46,12 @@ test: setup ## run the tests (PYTEST_ARGS="-k name" picks some)
 	@$(BIN)/pytest --durations=15 $(PYTEST_ARGS)
 
 check: lint types test ## all static checks, then the tests
+
+chaos: setup ## kill trainer, engine core and service 20 times each in a running loop (CHAOS_ARGS="--kills 5")
+	@$(BIN)/python tests/trainer_bridge/chaos.py $(CHAOS_ARGS)
+
+soak: setup ## half an hour of a running loop with random faults (SOAK_ARGS="--minutes 5")
+	@$(BIN)/python tests/trainer_bridge/soak.py $(SOAK_ARGS)
 
 lint: setup ## ruff: lint and format, changing nothing
 	@$(BIN)/ruff check .

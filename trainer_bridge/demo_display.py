@@ -19,7 +19,6 @@ from rich.text import Text
 from longtail.trainer_bridge.demo_loop import Evaluation, StepRecord
 
 _REDRAW_S = 0.1
-_LINE_S = 10.0
 _BAR_WIDTH = 12
 _PHASES = {"rollout": "rolling out", "train": "training", "update": "pushing the weights", "evaluate": "evaluating"}
 
@@ -30,24 +29,19 @@ class DemoDisplay:
     Args:
         console: where to draw.
         num_steps: that are to be made.
-        num_trajectories: of a step.
         clock: seconds, never going back.
 
     """
 
-    def __init__(
-        self, console: Console, num_steps: int, num_trajectories: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, console: Console, num_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._num_steps = num_steps
-        self._num_trajectories = num_trajectories
         self._clock = clock
         self._steps: list[StepRecord] = []
         self._rewards: dict[int, float] = {}
         self._phase = "evaluate"
         self._num_ended = 0
-        self._started_s = self._phase_s = clock()
-        self._drawn_s = -_LINE_S
+        self._started_s = self._phase_s = self._drawn_s = clock()
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -64,11 +58,6 @@ class DemoDisplay:
             self._live.stop()
             self._live = None
             self._console.print(steps_table(self._steps, self._rewards))
-
-    def on_warm_up(self, update: int, of: int, loss: float) -> None:
-        """An update of the base model was made."""
-        words = f"warming up the base model: update {update} of {of}, loss {loss:.3f}"
-        self._show(Text(words), words, force=update == of)
 
     def on_phase(self, phase: str) -> None:
         """`rollout`, `train`, `update` or `evaluate` begins."""
@@ -95,18 +84,10 @@ class DemoDisplay:
         self._draw()
 
     def _draw(self) -> None:
-        if self._live is not None:
-            self._show(self._table(), "")
-
-    def _show(self, drawn: Table | Text | Group, line: str, *, force: bool = False) -> None:
         now = self._clock()
-        if not force and now - self._drawn_s < (_LINE_S if self._live is None else _REDRAW_S):
-            return
-        self._drawn_s = now
-        if self._live is not None:
-            self._live.update(drawn, refresh=True)
-        elif line:
-            self._print(line)
+        if self._live is not None and now - self._drawn_s >= _REDRAW_S:
+            self._drawn_s = now
+            self._live.update(self._table(), refresh=True)
 
     def _table(self) -> Group:
         now = self._clock()

@@ -158,7 +158,7 @@ class RoundJobs:
             if (known := self._jobs.get(request.round_id)) is not None:
                 return "running" if known.is_running else "queued"
             if self._death is not None or self._closing.is_set():
-                raise self._death or Refusal("engine", "the service ends")
+                raise self._death or Refusal("session", "the service ends: say hello to the next one")
             ahead = sum(job.request.carry == request.carry for job in self._jobs.values())
             if ahead > MAX_QUEUED:
                 raise Refusal("busy", f"{ahead} rounds run or wait", field="round_id", got=request.round_id)

@@ -12,33 +12,27 @@ engine does not end it: what runs is answered, what was delivered can be fetched
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from longtail.engine.errors import EngineDeadError, EngineTimeoutError, InvalidInputError
+from longtail.engine.errors import EngineDeadError, EngineTimeoutError
 from longtail.scheduler.errors import LongtailError
 from longtail.trainer_bridge import wire
 from longtail.trainer_bridge.clerk import Clerk
 from longtail.trainer_bridge.config import BridgeConfig
 from longtail.trainer_bridge.door import Door
 from longtail.trainer_bridge.engine_port import Engine, WeightStaging
-from longtail.trainer_bridge.outbox import Outbox
 from longtail.trainer_bridge.own_staging import OwnStaging, own_staging
-from longtail.trainer_bridge.prompt_log import PromptLog
 from longtail.trainer_bridge.refusals import Refusal, refused
 from longtail.trainer_bridge.round_jobs import RoundJobs
 from longtail.trainer_bridge.sending import Sender
 from longtail.trainer_bridge.session import Reception
+from longtail.trainer_bridge.state_folder import open_state
 from longtail.trainer_bridge.weight_jobs import WeightJobs
-
-DELIVERIES_FILE = "deliveries.journal"
-PROMPTS_FILE = "prompts.journal"
 
 _MAX_BOX = 256
 _BATCH = 64
@@ -100,7 +94,7 @@ class BridgeService:
                 pushed: WeightStaging | None = None if self._own is None else self._own.staging
             else:
                 pushed = staging
-            self._outbox, self._prompts = _open_state(engine, self.config)
+            self._outbox, self._prompts = open_state(engine, self.config)
         except BaseException:
             self._door.close()
             if self._own is not None:
@@ -134,13 +128,6 @@ class BridgeService:
     def server_key(self) -> str | None:
         """Public key that clients have to know."""
         return self._door.server_key
-
-    @property
-    def is_idle(self) -> bool:
-        """No round runs or waits, nothing waits to be sent, and every delivery was acknowledged."""
-        return not (
-            self._rounds.num_jobs or self._sender.has_waiting or self._outbox.num_unacked or self._weights.is_busy
-        )
 
     def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         """End it: rounds are stopped, what was acknowledged and returned is written. Safe to call twice.
@@ -392,32 +379,3 @@ class BridgeService:
     def _close_files(self) -> None:
         self._outbox.close()
         self._prompts.close()
-
-
-def _open_state(engine: Engine, config: BridgeConfig) -> tuple[Outbox, PromptLog]:
-    """What the service keeps, which must fit what the engine keeps."""
-    bounds: dict[str, Any] = {"max_unacked": config.max_unacked, "max_unacked_bytes": config.max_unacked_bytes}
-    if config.state is None:
-        return Outbox(**bounds), PromptLog(max_bytes=config.max_prompt_bytes)
-    carry = engine.config.carry
-    if carry is not None and carry.journal is None:
-        what = "a CarryConfig with a journal, because without one the engine would forget what the state folder has"
-        raise InvalidInputError("engine.carry.journal", what, None)
-    folder = Path(config.state)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = f"a folder that can be made ({error.strerror})"
-        raise InvalidInputError("bridge.state", what, os.fspath(folder)) from error
-    outbox = Outbox(folder / DELIVERIES_FILE, **bounds)
-    try:
-        prompts = PromptLog(folder / PROMPTS_FILE, max_bytes=config.max_prompt_bytes)
-        used = engine.num_prompts_used
-        if not prompts.first <= used <= len(prompts):
-            prompts.close()
-            got = f"positions {prompts.first} to {len(prompts)}"
-            raise InvalidInputError("bridge.state", f"a log of prompts with position {used}, the engine's", got)
-        return outbox, prompts
-    except BaseException:
-        outbox.close()
-        raise

@@ -22,6 +22,7 @@ from longtail.engine.cli.options import (
     CarryOptions,
     CommonOptions,
     CoreOption,
+    DemoOptions,
     EngineOptions,
     ModelOptions,
     RoundOptions,
@@ -177,6 +178,26 @@ def keys(
     from longtail.engine.cli.keys import write_keys
 
     write_keys(folder, client or ["client"], Console())
+
+
+@app.command("train-demo")
+@command
+def train_demo(
+    demo: DemoOptions,
+    common: CommonOptions,
+    out: Annotated[Path, typer.Option(help="Folder for what the run leaves.", rich_help_panel="Files")] = Path(
+        "runs/train-demo"
+    ),
+    report: Annotated[Path, typer.Option(help="File for a web page about the run.", rich_help_panel="Files")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Watch a small model learn: an engine and a trainer, two processes that speak over the bridge."""
+    from longtail.engine.cli.rollout import check_files
+    from longtail.trainer_bridge.demo import STEPS_FILE, DemoSettings, run_demo
+
+    check_files(out / STEPS_FILE, report, overwrite=True)
+    run_demo(DemoSettings(**demo.given()), out, report, Console())
 
 
 @app.command()

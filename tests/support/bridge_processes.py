@@ -20,7 +20,7 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 
 ENGINE_OPTIONS = (
-    "--block-size", "32", "--max-model-len", "256", "--max-num-seqs", "16", "--kv-cache-gib", "0.1",
+    "--block-size", "32", "--max-model-len", "256", "--max-num-seqs", "16", "--kv-cache-gib", "0.02",
     "--omp-threads", "1",
 )  # fmt: skip
 

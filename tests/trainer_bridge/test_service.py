@@ -274,13 +274,11 @@ def test_a_round_that_waits_for_room_can_be_cancelled(engine: FakeRolloutEngine)
 
 
 def test_a_client_that_does_not_read_costs_bounded_memory_and_loses_nothing() -> None:
-    """4 MB deliveries, 120 MB in all, to a client whose socket takes a few; then it reads."""
-    engine = FakeRolloutEngine(num_tokens=20_000)
-    settings = config(max_unacked_bytes=8 << 20, max_unacked=10_000)
+    """More than its socket and the outbox take; then it reads."""
+    engine = FakeRolloutEngine(num_tokens=5_000)
+    settings = config(max_unacked_bytes=2 << 20, max_unacked=10_000)
     with BridgeService(engine, settings, staging=None) as service, raw_client(service.address) as client:
         client.append(PROMPTS * 10)
-        process = psutil.Process()
-        before = process.memory_info().rss
         for i in range(16):
             client.send(
                 wire.StartRound(
@@ -288,7 +286,8 @@ def test_a_client_that_does_not_read_costs_bounded_memory_and_loses_nothing() ->
                 )
             )
         wait_until(lambda: service.status().state == "throttled")
-        assert process.memory_info().rss - before < 150 << 20
+        largest = 5 * max(len(entry.payload) for entry in service._outbox._entries.values())
+        assert 2 << 20 <= service._outbox.num_unacked_bytes < (2 << 20) + largest
         num_started = len(engine.calls)
         time.sleep(0.3)
         assert len(engine.calls) == num_started < 16
@@ -465,7 +464,7 @@ def test_replays_and_reordered_messages_do_what_they_do_once(client: RawBridgeCl
     assert known == [0, 4, 4, 4]
     states = [message.state for message, _ in client.seen if isinstance(message, wire.RoundAccepted)]
     assert states[0] == "started"
-    assert set(states[1:]) <= {"running", "done"}
+    assert "started" not in states[1:]
     assert len(client.deliveries) == 3
 
 
