@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from longtail.engine.config import EngineConfig, SamplingConfig
+from longtail.engine.errors import WeightsHookError
 from longtail.engine.hook_points import HookPoints
 from longtail.engine.prompts import Tokenizer
 from longtail.engine.rollout_engine import EngineAndBook
@@ -140,7 +141,10 @@ class AsyncRolloutEngine:
     async def update_weights(self, update_info: Mapping[str, Any], version: int, *, may_repeat: bool = False) -> float:
         """See `RolloutEngine.update_weights`."""
         pause_s = await asyncio.wrap_future(self._engine.update_weights(update_info, version, may_repeat=may_repeat))
-        await asyncio.wrap_future(self._engine.tell_hooks(version))
+        try:
+            await asyncio.wrap_future(self._engine.tell_hooks(version))
+        except Exception as error:
+            raise WeightsHookError(version, pause_s, error) from error
         return pause_s
 
     async def control_weights(self, op: ControlOp, info: Mapping[str, Any], version: int | None = None) -> None:

@@ -57,6 +57,21 @@ class WeightsApplyError(LongtailError, RuntimeError):
     code = "apply"
 
 
+class WeightsHookError(LongtailError, RuntimeError):
+    """The engine has new weights, and a hook that was told of them failed.
+
+    Attributes:
+        version: of the weights.
+        pause_s: for how long no step ran.
+
+    """
+
+    def __init__(self, version: int, pause_s: float, error: Exception) -> None:
+        self.version = version
+        self.pause_s = pause_s
+        super().__init__(f"the engine has the weights of version {version}, but a hook failed: {error}")
+
+
 __all__ = [
     "EngineDeadError",
     "EngineTimeoutError",
@@ -65,5 +80,6 @@ __all__ = [
     "ModelSourceError",
     "PatchLedgerError",
     "WeightsApplyError",
+    "WeightsHookError",
     "shown",
 ]

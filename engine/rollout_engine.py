@@ -18,7 +18,7 @@ from longtail.engine.carry_book import CarryBook, VersionChanged
 from longtail.engine.carry_run import CarryRun
 from longtail.engine.config import EngineConfig, SamplingConfig
 from longtail.engine.driver import EngineDriver
-from longtail.engine.errors import InvalidInputError
+from longtail.engine.errors import InvalidInputError, WeightsHookError
 from longtail.engine.hook_points import HookPoints
 from longtail.engine.prompts import PromptLimits, Tokenizer
 from longtail.engine.round_run import RoundProgress, RoundRun
@@ -370,12 +370,16 @@ class RolloutEngine:
             InvalidInputError: they are not the model's, or the version is not above the current one.
             WeightsApplyError: they did not load; the engine goes on with those that it had.
             WeightsLostError: those did not load either; the engine is dead.
+            WeightsHookError: the engine has the new weights, and a hook failed.
 
         """
         pause_s = self._driver.wait(
             self._engine.update_weights(update_info, version, may_repeat=may_repeat), "the weights to be loaded"
         )
-        self._driver.wait(self._engine.tell_hooks(version), "the hooks for new weights")
+        try:
+            self._driver.wait(self._engine.tell_hooks(version), "the hooks for new weights")
+        except Exception as error:
+            raise WeightsHookError(version, pause_s, error) from error
         return pause_s
 
     def control_weights(self, op: ControlOp, info: Mapping[str, Any], version: int | None = None) -> None:

@@ -105,7 +105,7 @@ class SharedMemory:
             raise InvalidInputError(field, expected, f"{path}: {reason}") from error
         finally:
             os.close(fd)
-        if not secrets.compare_digest(mapping[:TOKEN_BYTES].hex(), token):
+        if not secrets.compare_digest(mapping[:TOKEN_BYTES].hex().encode(), token.encode(errors="replace")):
             raise InvalidInputError(field, f"{expected}, with the token that came with it", f"{path}: another token")
         return cls(path, token, mapping, None)
 

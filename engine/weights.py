@@ -95,7 +95,10 @@ def update_weights(driver: EngineDriver, link: CoreLink, version: int, update_in
         if any(is_changed) and not all(is_changed):
             answers += _on_workers(link, "longtail_restore_weights", update_info)
         raise_worst(answers)
-        _set_version(driver, link, version)
+        try:
+            _set_version(driver, link, version)
+        except Exception as error:
+            raise WeightsLostError(f"the new weights are in, but not their version: {error!r}") from error
         driver.segment_token = update_info["token"]
     except WeightsLostError as error:
         driver.give_up("a change of weights", error)

@@ -6,19 +6,25 @@ changes when the engine has taken a push, and a push that failed after it had to
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from longtail.trainer_bridge.delta import Delta, apply, bits_of, changed, index_bytes
 from longtail.trainer_bridge.errors import InvalidInputError
 from longtail.trainer_bridge.host_tensors import HostTensor
+from longtail.trainer_bridge.manifest import checksum
 from longtail.trainer_bridge.wire import ITEM_BYTES
 
-#: Bytes that are compared and hashed at a time; two such blocks fit into a core's cache.
-_BLOCK_BYTES = 1 << 17
+#: Bytes of a tensor that one thread compares.
+_PART_BYTES = 1 << 22
+_MAX_THREADS = 4
+#: Elements by which a tensor is judged that changed as a whole, as a step of most optimisers makes it.
+_PROBE = 1 << 14
 #: A difference above this share of its tensor is sent as the tensor.
 _LARGEST_SHARE = 0.5
 
@@ -29,17 +35,15 @@ class Difference(NamedTuple):
     """A tensor against its base.
 
     Attributes:
-        checksum: of the new tensor.
+        checksum: of the new tensor; `None` if it is better sent whole, and nothing else of this is known.
         num_changed: elements.
         payload: indices and values, as they are sent.
-        is_larger: it is better sent whole; there is no payload then.
 
     """
 
-    checksum: str
+    checksum: str | None
     num_changed: int
     payload: Bytes
-    is_larger: bool
 
 
 class BaseWeights:
@@ -55,6 +59,7 @@ class BaseWeights:
         self._tensors: dict[str, Bytes] = {}
         self._pending: dict[str, tuple[int, Delta]] = {}
         self._has_changed = False
+        self._threads: ThreadPoolExecutor | None = None
 
     def keep(self, name: str, data: Bytes) -> None:
         """Take a whole tensor, before the engine has it."""
@@ -76,24 +81,27 @@ class BaseWeights:
         if base is None or len(base) != len(tensor.data):
             got = None if base is None else f"{len(tensor.data)} bytes instead of {len(base)}"
             raise InvalidInputError(f"named_tensors[{name}]", "the tensors that were pushed before", got)
+        if self._threads is None:
+            workers = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0))))
+            self._threads = ThreadPoolExecutor(workers, thread_name_prefix="longtail-delta")
         old, new = bits_of(base, item_bytes), bits_of(tensor.data, item_bytes)
-        block = max(1, _BLOCK_BYTES // item_bytes)
-        most = _LARGEST_SHARE * len(base) / (index_bytes(numel) + item_bytes)
-        hasher = xxhash.xxh3_128()
-        parts: list[Delta] = []
-        num_changed = 0
-        for start in range(0, len(new), block):
-            part = new[start : start + block]
-            hasher.update(part)
-            if num_changed <= most:
-                parts.append(changed(old[start : start + block], part, start=start, numel=numel))
-                num_changed += len(parts[-1].indices)
-        checksum = hasher.hexdigest()
-        if num_changed > most:
-            return Difference(checksum, num_changed, tensor.data[:0], True)
+        largest = _LARGEST_SHARE * item_bytes / (index_bytes(numel) + item_bytes)
+        if np.count_nonzero(old[:_PROBE] != new[:_PROBE]) > largest * min(_PROBE, numel):
+            return Difference(None, 0, tensor.data[:0])
+        compare = partial(_compare, old, new, _PART_BYTES // item_bytes)
+        starts = range(0, numel, _PART_BYTES // item_bytes)
+        if len(starts) > 1:
+            found = self._threads.submit(checksum, tensor.data.data)
+            parts = list(self._threads.map(compare, starts))
+            new_checksum = found.result()
+        else:
+            parts, new_checksum = [compare(start) for start in starts], checksum(tensor.data.data)
+        num_changed = sum(len(part.indices) for part in parts)
+        if num_changed > largest * numel:
+            return Difference(None, 0, tensor.data[:0])
         payload, delta = _payload(parts, num_changed, index_bytes(numel), item_bytes)
         self._pending[name] = (item_bytes, delta)
-        return Difference(checksum, num_changed, payload, False)
+        return Difference(new_checksum, num_changed, payload)
 
     def accept(self, version: int) -> None:
         """The engine has what was pushed."""
@@ -111,9 +119,22 @@ class BaseWeights:
             self._has_changed = False
 
     def forget(self) -> None:
-        """There is no base any more. Its memory goes when it is not used again."""
+        """There is no base any more; its memory is kept for the next one."""
         self.version = None
         self._pending.clear()
+
+    def close(self) -> None:
+        """Give up memory and threads."""
+        self.forget()
+        self._tensors.clear()
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+
+
+def _compare(old: npt.NDArray[Any], new: npt.NDArray[Any], size: int, start: int) -> Delta:
+    """Of `size` elements from `start`."""
+    return changed(old[start : start + size], new[start : start + size], start=start, numel=len(new))
 
 
 def _payload(parts: list[Delta], num_changed: int, index_size: int, item_bytes: int) -> tuple[Bytes, Delta]:

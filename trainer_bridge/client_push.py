@@ -65,6 +65,14 @@ class ClientPush:
             return self._session.welcome
 
     @property
+    def engine_version(self) -> int | None:
+        """See `PushChannel`."""
+        with self._io.lock:
+            self._io.check()
+            assert self._session.status is not None
+            return self._session.status.weight_version if self._session.weights_needed is None else None
+
+    @property
     def credited(self) -> int:
         """See `PushChannel`."""
         return self._credited

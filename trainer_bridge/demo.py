@@ -162,8 +162,11 @@ def _train(
     trainer = GrpoTrainer(
         task.load(task.folder),
         GrpoConfig(sampling=task.sampling),
-        TrainerConfig(learning_rate=settings.learning_rate or task.learning_rate, seed=settings.seed),
-    )
+        TrainerConfig(
+            learning_rate=settings.learning_rate or task.learning_rate, warmup_updates=6, max_grad_norm=0.2,
+            num_minibatches=2, micro_batch_tokens=8192, seed=settings.seed,
+        ),
+    )  # fmt: skip
     config = LoopConfig(
         group_size=settings.group_size, target_groups=settings.target_groups, over_provision=settings.over_provision,
         sampling=task.sampling,

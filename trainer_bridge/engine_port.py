@@ -71,7 +71,10 @@ class Engine(Protocol):
 
 
 class Staged(Protocol):
-    """Weights that were verified, and where the engine finds them."""
+    """Weights that were verified, where the engine finds them, and whether it has exactly these already."""
+
+    @property
+    def is_known(self) -> bool: ...
 
     @property
     def update_info(self) -> dict[str, Any]: ...

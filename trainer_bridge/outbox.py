@@ -1,8 +1,8 @@
 """Deliveries that the trainer has not acknowledged: numbered, durable, each round once.
 
 What `put_group` and `put_round` returned from is here until it is acknowledged, whatever dies meanwhile; a round whose
-id was taken is never taken again, nor is the group that a stream gave last, so that what the engine gives a second
-time after a crash is known. Without a path all of it lasts as long as the process.
+id was taken is never taken again, and the groups that streams gave are known by their keys, so that what the engine
+gives a second time after a crash is known. Without a path all of it lasts as long as the process.
 
 One thread at a time writes, under a lock; `entry` and the numbers may be read by any thread at any time without one.
 It does not know sockets, and what payloads mean.
@@ -26,8 +26,11 @@ from longtail.engine.journal import Journal, JournalError
 from longtail.trainer_bridge.refusals import Refusal
 from longtail.trainer_bridge.wire import MAX_DELIVERY_BYTES
 
-#: Ids of rounds that were taken; an engine repeats its last round only, and a client one that it waits for.
+#: Ids of rounds that were taken, of those that carry over and of the others; an engine repeats its last round only, and
+#: a client one that it waits for.
 MAX_TAKEN_IDS = 1000
+#: Keys of groups that streams gave. An engine repeats the last one only, but perhaps long after it.
+MAX_GROUP_KEYS = 4096
 
 _MAX_FRAME_BYTES = 1 << 28
 #: Below this a journal is not worth compacting.
@@ -39,13 +42,14 @@ _logger = logging.getLogger("longtail.trainer_bridge.outbox")
 
 
 class Entry(NamedTuple):
-    """One delivery; `is_part` of a round that was put whole."""
+    """One delivery; `is_part` of a round that was put whole, `is_own` of one that does not carry over."""
 
     seq: int
     round_id: str
     kind: Literal["group", "round"]
     payload: bytes
     is_part: bool
+    is_own: bool = False
 
 
 class _Record(msgspec.Struct, tag=True, frozen=True):
@@ -58,6 +62,7 @@ class _Put(_Record, frozen=True):
     kind: Literal["group", "round"]
     is_part: bool = False
     key: str | None = None
+    is_own: bool = False
 
 
 class _Acked(_Record, frozen=True):
@@ -72,7 +77,9 @@ class _State(_Record, frozen=True):
     acked: int = 0
     taken: list[str] = []
     num_put: dict[str, int] = {}
-    stream_key: str | None = None
+    stream_key: str | None = None  # of files that only have the last one
+    group_keys: list[str] = []
+    taken_own: list[str] = []
 
 
 class Outbox:
@@ -89,7 +96,6 @@ class Outbox:
         acked: everything up to here is done with.
         last_seq: the newest entry.
         num_unacked: entries that are here; `num_unacked_bytes` their payloads.
-        stream_key: of the group that a stream gave last.
 
     Raises:
         JournalError: the file is another's, in use, or holds what this version can't read.
@@ -106,12 +112,13 @@ class Outbox:
         self.acked = 0
         self.last_seq = 0
         self.num_unacked_bytes = 0
-        self.stream_key: str | None = None
         self.epoch = self.engine_id = ""
         self._max_unacked = max_unacked
         self._max_unacked_bytes = max_unacked_bytes
         self._entries: dict[int, Entry] = {}
         self._taken: dict[str, None] = {}
+        self._taken_own: dict[str, None] = {}
+        self._group_keys: dict[str, None] = {}
         self._num_put: dict[str, int] = {}
         self._writing = threading.Lock()
         self._room = threading.Condition()
@@ -158,8 +165,12 @@ class Outbox:
         return self._entries.get(seq)
 
     def is_taken(self, round_id: str) -> bool:
-        """A round of this id was put whole."""
-        return round_id in self._taken
+        """A round of this id was put whole: one of the last `MAX_TAKEN_IDS` of its kind."""
+        return round_id in self._taken or round_id in self._taken_own
+
+    def is_group_taken(self, key: str) -> bool:
+        """A group of this key was put: one of the last `MAX_GROUP_KEYS`."""
+        return key in self._group_keys
 
     # ---- changes -----------------------------------------------------------------------------------------------
 
@@ -175,8 +186,10 @@ class Outbox:
             self._commit([(_Put(self.last_seq + 1, round_id, "group", key=key), _checked(payload))])
             self._compact_if_large()
 
-    def put_round(self, round_id: str, groups: Sequence[bytes], end: bytes) -> bool:
+    def put_round(self, round_id: str, groups: Sequence[bytes], end: bytes, *, is_own: bool = False) -> bool:
         """Take a round: its groups, then the round itself. False if it was taken before.
+
+        One that does not carry over `is_own`: many of those do not make the others be forgotten.
 
         All of it is on the disk when it returns. If it raises, some of the groups may be; calling it again goes on
         with the others.
@@ -189,12 +202,13 @@ class Outbox:
         for payload in (*groups, end):
             _checked(payload)
         with self._writing:
-            if round_id in self._taken:
+            if self.is_taken(round_id):
                 return False
             left = [("group", payload) for payload in groups[self._num_put.get(round_id, 0) :]]
             for batch in _batches([*left, ("round", end)]):
                 first = self.last_seq + 1
-                self._commit([(_Put(first + i, round_id, kind, True), body) for i, (kind, body) in enumerate(batch)])
+                puts = [_Put(first + i, round_id, kind, True, None, is_own) for i, (kind, _) in enumerate(batch)]
+                self._commit([(put, body) for put, (_, body) in zip(puts, batch, strict=True)])
             self._compact_if_large()
             return True
 
@@ -223,13 +237,15 @@ class Outbox:
 
     def _apply(self, record: _Record, payload: bytes | None) -> None:
         match record:
-            case _Put(seq, round_id, kind, is_part, key):
+            case _Put(seq, round_id, kind, is_part, key, is_own):
                 assert payload is not None
-                self._entries[seq] = Entry(seq, round_id, kind, payload, is_part)
+                self._entries[seq] = Entry(seq, round_id, kind, payload, is_part, is_own)
                 self.num_unacked_bytes += len(payload)
-                self.stream_key = key or self.stream_key
+                if key is not None:
+                    _remember(self._group_keys, key, MAX_GROUP_KEYS)
                 if kind == "round":
-                    self._take(round_id)
+                    self._num_put.pop(round_id, None)
+                    _remember(self._taken_own if is_own else self._taken, round_id, MAX_TAKEN_IDS)
                 elif is_part:
                     self._num_put[round_id] = self._num_put.get(round_id, 0) + 1
                 # Last: whoever reads the number without the lock finds the entry.
@@ -239,17 +255,15 @@ class Outbox:
                 for old in range(first, seq + 1):
                     self.num_unacked_bytes -= len(self._entries.pop(old).payload)
             case _State():
-                self.epoch, self.engine_id, self.stream_key = record.epoch, record.engine_id, record.stream_key
+                self.epoch, self.engine_id = record.epoch, record.engine_id
                 self.last_seq = self.acked = record.acked
                 self._taken, self._num_put = dict.fromkeys(record.taken), dict(record.num_put)
+                self._taken_own = dict.fromkeys(record.taken_own)
+                self._group_keys = dict.fromkeys(record.group_keys)
+                if record.stream_key is not None:
+                    self._group_keys[record.stream_key] = None
             case _:
                 raise AssertionError(record)
-
-    def _take(self, round_id: str) -> None:
-        self._num_put.pop(round_id, None)
-        self._taken[round_id] = None
-        while len(self._taken) > MAX_TAKEN_IDS:
-            del self._taken[next(iter(self._taken))]
 
     # ---- the journal -------------------------------------------------------------------------------------------
 
@@ -274,9 +288,18 @@ class Outbox:
         for entry in self._entries.values():  # reading them again counts them again
             if entry.is_part and entry.round_id in num_put:
                 num_put[entry.round_id] -= 1
-        state = _State(self.epoch, self.engine_id, self.acked, list(self._taken), num_put, self.stream_key)
+        state = _State(
+            self.epoch,
+            self.engine_id,
+            self.acked,
+            list(self._taken),
+            num_put,
+            group_keys=list(self._group_keys),
+            taken_own=list(self._taken_own),
+        )
         records: list[tuple[_Record, bytes | None]] = [(state, None)]
-        records += [(_Put(e.seq, e.round_id, e.kind, e.is_part), e.payload) for e in self._entries.values()]
+        for seq, round_id, kind, payload, is_part, is_own in self._entries.values():
+            records.append((_Put(seq, round_id, kind, is_part, None, is_own), payload))
         try:
             journal.compact([part for record in records for part in _parts(*record)])
             self._min_compact_bytes = _MIN_COMPACT_BYTES
@@ -284,6 +307,13 @@ class Outbox:
             # What was to be on the disk is there. A journal that can't be used says so at the next change.
             _logger.warning("deliveries could not be compacted: %s", error)
             self._min_compact_bytes = journal.num_bytes + _MIN_COMPACT_BYTES
+
+
+def _remember(names: dict[str, None], name: str, limit: int) -> None:
+    """Put it last if it is new, and forget the first ones beyond `limit`."""
+    names[name] = None
+    while len(names) > limit:
+        del names[next(iter(names))]
 
 
 def _parts(record: _Record, payload: bytes | None) -> Iterator[bytes]:

@@ -40,11 +40,7 @@ from longtail.trainer_bridge.wire import (
     WeightsChunk,
     WeightsReady,
     WeightsTensor,
-    Welcome,
 )
-
-#: Bytes that are hashed or copied at a time: they are read from memory once.
-_BLOCK_BYTES = 1 << 18
 
 VllmTransport = Literal["nccl", "ipc"]
 Phase = Literal["begin", "produce", "encode", "send", "wait", "apply", "total"]
@@ -95,7 +91,6 @@ class WeightPusher:
     def __init__(self) -> None:
         self._base = BaseWeights()
         self._ring: tuple[RingSpec, Ring] | None = None
-        self._welcome: Welcome | None = None
         self._vllm: VllmTransfer | None = None
 
     def remember(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None:
@@ -108,7 +103,7 @@ class WeightPusher:
         self._base.forget()
         for name, array in named_tensors:
             self._base.keep(name, host_tensor(name, array).data)
-        self._base.version = version
+        self._base.accept(version)
 
     def push(
         self,
@@ -163,12 +158,11 @@ class WeightPusher:
             applied = run.commit()
         if base is not None:
             base.accept(version)
-            self._welcome = channel.welcome
         return run.report(version, applied)
 
     def close(self) -> None:
         """Give up memory: the ring, and the base of differences."""
-        self._base.forget()
+        self._base.close()
         if self._ring is not None:
             self._ring[1].close()
             self._ring = None
@@ -207,10 +201,8 @@ class WeightPusher:
 
     def _base_version(self, channel: PushChannel, *, strict: bool) -> int | None:
         """The base of a difference, if it is what the engine has; the service refuses if that has changed since."""
-        base, welcome = self._base.version, channel.welcome
-        engine = welcome.status.weight_version
-        # A session that has gone on since the last push says what was so when it began.
-        if base is not None and (welcome is self._welcome or (base == engine and welcome.weights_needed is None)):
+        base, engine = self._base.version, channel.engine_version
+        if base is not None and base == engine:
             return base
         if strict:
             raise InvalidInputError("delta", f"auto, or version {engine} pushed or remembered by this client", base)
@@ -239,7 +231,7 @@ class WeightPusher:
             yield
         except WeightsPushError as error:
             self._base.reject()
-            if error.field == "base_version":
+            if error.field == "base_version" or error.code == "verification":
                 self._base.forget()
             raise
         except BaseException:
@@ -345,12 +337,13 @@ class _Run:
         name = tensor.spec.name
         with self.clock("encode"):
             difference = self.base.difference(tensor)
-        self.checksums[name] = difference.checksum
-        if difference.is_larger:
+        if difference.checksum is None:
             self._send_whole(tensor)
-        elif difference.num_changed:
+            return
+        self.checksums[name] = new_checksum = difference.checksum
+        if difference.num_changed:
             self._announce(tensor, len(difference.payload), difference.num_changed)
-            self._send_bytes(difference.payload, lambda: difference.checksum, None)
+            self._send_bytes(difference.payload, lambda: new_checksum, None)
 
     def _send_whole(self, tensor: HostTensor) -> None:
         hasher = xxhash.xxh3_128()
@@ -384,11 +377,10 @@ class _Run:
                     hasher.update(chunk)
             else:
                 slot = self.ring.slot(self.serial)
-                for first in range(0, len(chunk), _BLOCK_BYTES):
-                    block = slot[first : min(first + _BLOCK_BYTES, len(chunk))]
-                    block[:] = chunk[first : first + _BLOCK_BYTES]
-                    if hasher is not None:
-                        hasher.update(block)
+                slot[: len(chunk)] = chunk
+                if hasher is not None:
+                    # What the service will read, which is still in the cache.
+                    hasher.update(slot[: len(chunk)])
             self._add("encode", start)
             is_last = offset + len(chunk) == len(data)
             in_message = self.ring is None and len(chunk) > 0

@@ -28,7 +28,8 @@ class PushChannel(Protocol):
     Attributes:
         peer: address of the service, for errors.
         push_id: of the push; what is sent must have it.
-        welcome: of the present session: `ring`, `status`, `weights_needed`.
+        welcome: of the present session; its `ring` matters.
+        engine_version: of the engine's weights, as last heard; `None` while it needs whole ones.
         credited: serial of the last chunk that the service has taken, -1 before the first.
 
     """
@@ -41,6 +42,9 @@ class PushChannel(Protocol):
 
     @property
     def welcome(self) -> wire.Welcome: ...
+
+    @property
+    def engine_version(self) -> int | None: ...
 
     @property
     def credited(self) -> int: ...

@@ -10,6 +10,7 @@ from longtail.scheduler.errors import LongtailError, shown
 from longtail.trainer_bridge import wire
 
 _MAX_MESSAGE_CHARS = 2000
+_MAX_CAUSES = 8
 
 
 class Refusal(LongtailError):
@@ -39,6 +40,8 @@ def refusal_of(error: BaseException) -> Refusal:
         case InvalidInputError():
             return Refusal("invalid", str(error), field=error.field, expected=error.expected, got=error.got)
         case wire.WireError():
+            if (cause := _wrong_value(error)) is not None:
+                return refusal_of(cause)
             return Refusal("wire", str(error), field=error.problem, expected=error.expected, got=error.got)
         case JournalError():
             return Refusal("full", f"it could not be written: {error}")
@@ -55,12 +58,12 @@ def refused(error: BaseException, reply_to: int | None = None, push_id: str | No
     refusal = refusal_of(error)
     return wire.Refused(
         code=refusal.code,
-        message=_short(str(refusal)),
+        message=short(str(refusal)),
         reply_to=reply_to,
-        field=_short(refusal.field),
-        expected=_short(refusal.expected),
-        got=_short(refusal.got),
-        push_id=push_id,
+        field=short(refusal.field),
+        expected=short(refusal.expected),
+        got=short(refusal.got),
+        push_id=None if push_id is None else short(push_id),
     )
 
 
@@ -68,14 +71,25 @@ def round_failed(error: BaseException, round_id: str) -> wire.RoundFailed:
     """The message about a round that it ended."""
     refusal = refusal_of(error)
     return wire.RoundFailed(
-        round_id=round_id,
+        round_id=short(round_id),
         code=refusal.code,
-        message=_short(str(refusal)),
-        field=_short(refusal.field),
-        expected=_short(refusal.expected),
-        got=_short(refusal.got),
+        message=short(str(refusal)),
+        field=short(refusal.field),
+        expected=short(refusal.expected),
+        got=short(refusal.got),
     )
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """A text that fits into a message, whoever it came from."""
     return text if len(text) <= _MAX_MESSAGE_CHARS else text[: _MAX_MESSAGE_CHARS - 3] + "..."
+
+
+def _wrong_value(error: BaseException) -> InvalidInputError | None:
+    """The field that made a message, which could be read, one that is refused."""
+    cause = error.__cause__
+    for _ in range(_MAX_CAUSES):
+        if cause is None or isinstance(cause, InvalidInputError):
+            return cause
+        cause = cause.__cause__
+    return None

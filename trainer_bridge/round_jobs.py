@@ -6,7 +6,8 @@ stops the engine, and not before its round is kept.
 
 Exactly once. The engine gives its last round again after a crash, and a stream its last group. A round is in the
 outbox with its id before the next one begins, and a group before the engine hears that it was taken; what comes a
-second time is known by its id and left out. A round whose delivery can't be written is held, and tried again.
+second time is known by its id and left out. A round whose delivery can't be written is held, and tried again. When the
+patience for that ends nothing more begins: the engine would take the next round for a sign that it has this one.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class _Closing(Exception):
 @dataclass(eq=False, slots=True)
 class _Job:
     request: wire.StartRound
-    prompts: list[Prompt] | None
+    prompts: bytes | None  # as MessagePack
     is_running: bool = False
     is_cancelled: bool = False
     interrupt: Callable[[], None] | None = field(default=None, repr=False)
@@ -80,6 +81,7 @@ class RoundJobs:
         changed: called when there are deliveries to send, or rounds begin or cease to wait; the same holds.
         fail: called when nothing more can be kept, so that the service has to end.
         store_patience_s: for how long a delivery that can't be written is tried.
+        max_prompt_bytes: of the prompts of rounds of their own that run or wait, as MessagePack.
 
     Attributes:
         throttled_s: for how long rounds had to wait for room, all in all.
@@ -98,6 +100,7 @@ class RoundJobs:
         changed: Callable[[], None],
         fail: Callable[[Exception], None],
         store_patience_s: float = 60.0,
+        max_prompt_bytes: int = 1 << 28,
     ) -> None:
         self.num_output_tokens = 0
         self.trouble: str | None = None
@@ -108,6 +111,7 @@ class RoundJobs:
         self._changed = changed
         self._fail = fail
         self._store_patience_s = store_patience_s
+        self._max_prompt_bytes = max_prompt_bytes
         self._lock = threading.Lock()
         self._jobs: dict[str, _Job] = {}
         self._closing = threading.Event()
@@ -154,6 +158,7 @@ class RoundJobs:
         self._check(request)
         if self._outbox.is_taken(request.round_id):
             return "done"
+        encoded = None if prompts is None else wire.encode_payload(prompts)
         with self._lock:
             if (known := self._jobs.get(request.round_id)) is not None:
                 return "running" if known.is_running else "queued"
@@ -162,7 +167,12 @@ class RoundJobs:
             ahead = sum(job.request.carry == request.carry for job in self._jobs.values())
             if ahead > MAX_QUEUED:
                 raise Refusal("busy", f"{ahead} rounds run or wait", field="round_id", got=request.round_id)
-            self._jobs[request.round_id] = job = _Job(request, prompts)
+            if encoded is not None:
+                left = self._max_prompt_bytes - sum(len(job.prompts or b"") for job in self._jobs.values())
+                if len(encoded) > left:
+                    what = f"at most {left} bytes more before other rounds have ended"
+                    raise Refusal("full", "no room for prompts", field="prompts", expected=what, got=len(encoded))
+            self._jobs[request.round_id] = job = _Job(request, encoded)
             self._queues[0 if request.carry else 1].put(job)
         return "queued" if ahead else "started"
 
@@ -230,6 +240,14 @@ class RoundJobs:
                 del self._jobs[job.round_id]
 
     def _run(self, job: _Job) -> None:
+        try:
+            self._run_until_kept(job)
+        except RoundCancelled:
+            if not job.is_stream:
+                raise
+            self._keep_end(job, _end_of_stream(job.round_id, 0, 0, 0.0))  # before its first group
+
+    def _run_until_kept(self, job: _Job) -> None:
         while not self._outbox.is_taken(job.round_id):
             self._wait_for_room(job)
             if job.is_stream and self._engine.round_to_give_again is None:
@@ -242,7 +260,7 @@ class RoundJobs:
     def _collect(self, job: _Job) -> Round:
         request = job.request
         stream = self._engine.stream_trajectories(
-            self._prompts if request.carry else job.prompts,
+            self._prompts if job.prompts is None else wire.decode_prompts(job.prompts),
             group_size=request.group_size,
             target_groups=1 if job.is_stream else request.target_groups,
             over_provision=request.over_provision,
@@ -276,7 +294,11 @@ class RoundJobs:
             self._allow_interrupt(job, None)
         if self._closing.is_set():
             raise _Closing
-        self._keep(lambda: self._outbox.put_round(request.round_id, [], wire.encode_payload(counts)))
+        self._keep_end(job, counts)
+
+    def _keep_end(self, job: _Job, counts: Round) -> None:
+        payload = wire.encode_payload(counts)
+        self._keep(lambda: self._outbox.put_round(job.round_id, [], payload))
 
     def _drain(self, job: _Job, stream: RunningStream) -> Round:
         """Keep the groups of a stream until it ends or is to end; a round that says how much that was."""
@@ -299,17 +321,18 @@ class RoundJobs:
         return _end_of_stream(job.round_id, num_groups, num_tokens, time.monotonic() - started)
 
     def _keep_round(self, round_: Round) -> None:
-        groups = [group for group in round_.groups if round_.carry is None or self._is_new(group)]
+        is_own = round_.carry is None
+        groups = [group for group in round_.groups if is_own or self._is_new(group)]
         payloads = [wire.encode_payload(group) for group in groups]
         end = wire.encode_payload(_without_groups(round_))
-        if self._keep(lambda: self._outbox.put_round(round_.round_id, payloads, end)):
+        if self._keep(lambda: self._outbox.put_round(round_.round_id, payloads, end, is_own=is_own)):
             for group in groups:
                 self._count(group)
 
     def _is_new(self, group: Group) -> bool:
-        """Not the one that a stream had given when the process died."""
+        """Not one that a stream had given when the process died; others may have come since."""
         key = group_key(group)
-        return key is None or key != self._outbox.stream_key
+        return key is None or not self._outbox.is_group_taken(key)
 
     def _keep(self, put: Callable[[], bool | None]) -> bool:
         """Write, and write again while the disk is full, say. What `put` returned."""
@@ -324,8 +347,10 @@ class RoundJobs:
                     if self._closing.is_set():
                         raise _Closing from error
                     if time.monotonic() > deadline:
+                        with self._lock:
+                            self._closing.set()  # no round begins, or the engine would forget this one
                         self._fail(error)
-                        raise
+                        raise _Closing from error
                     _logger.warning("a delivery waits: %s", error)
                 self._closing.wait(_RETRY_S)
         finally:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from longtail.trainer_bridge import wire
 from longtail.trainer_bridge.door import Door, Sent
 from longtail.trainer_bridge.outbox import Outbox
+from longtail.trainer_bridge.refusals import refused
 from longtail.trainer_bridge.session import Reception
 
 #: Messages that wait for a trainer that does not read; with more it has lost its session.
@@ -47,7 +48,7 @@ class Sender:
         self._reception = reception
         self._outbox = outbox
         self._lost = lost
-        self._waiting: deque[tuple[wire.Message, bytes | None]] = deque()
+        self._waiting: deque[list[wire.Buffer]] = deque()
 
     @property
     def has_waiting(self) -> bool:
@@ -59,7 +60,7 @@ class Sender:
         if self._reception.is_known(receiver):
             self.tell(message)
         else:
-            self._door.send(receiver, wire.encode(message))
+            self._door.send(receiver, _frames(message))
 
     def tell(self, message: wire.Message, payload: bytes | None = None) -> None:
         """Send to the trainer, if there is one."""
@@ -69,7 +70,7 @@ class Sender:
         if self._waiting and isinstance(message, (wire.Preview, wire.Heartbeat)):
             self.num_previews_dropped += isinstance(message, wire.Preview)
             return
-        self._waiting.append((message, payload))
+        self._waiting.append(_frames(message, payload))
         self.flush()
         if len(self._waiting) > MAX_WAITING:
             _logger.warning("%s does not read: it has to say hello again", session.consumer)
@@ -78,8 +79,7 @@ class Sender:
     def flush(self) -> None:
         """Send what waits, as far as the connection takes it."""
         while self._waiting and (session := self._reception.session) is not None:
-            message, payload = self._waiting[0]
-            if self._has_failed(self._door.send(session.sender, wire.encode(message, payload)), session.sender):
+            if self._has_failed(self._door.send(session.sender, self._waiting[0]), session.sender):
                 return
             self._waiting.popleft()
 
@@ -115,3 +115,12 @@ class Sender:
         self.forget()
         if self._reception.lose(receiver):
             self._lost()
+
+
+def _frames(message: wire.Message, payload: bytes | None = None) -> list[wire.Buffer]:
+    """Of the message, or of one that says that it is too long: whoever waits for it must hear of it."""
+    try:
+        return wire.encode(message, payload)
+    except wire.WireError as error:
+        _logger.exception("a message can't be sent; this is a bug")
+        return wire.encode(refused(error, getattr(message, "reply_to", None)))

@@ -27,7 +27,7 @@ from longtail.trainer_bridge.config import BridgeConfig
 from longtail.trainer_bridge.door import Door
 from longtail.trainer_bridge.engine_port import Engine, WeightStaging
 from longtail.trainer_bridge.own_staging import OwnStaging, own_staging
-from longtail.trainer_bridge.refusals import Refusal, refused
+from longtail.trainer_bridge.refusals import Refusal, refused, short
 from longtail.trainer_bridge.round_jobs import RoundJobs
 from longtail.trainer_bridge.sending import Sender
 from longtail.trainer_bridge.session import Reception
@@ -102,7 +102,13 @@ class BridgeService:
             raise
         self._sender = Sender(self._door, self._reception, self._outbox, self._lost)
         self._rounds = RoundJobs(
-            engine, self._outbox, self._prompts, tell=self._tell, changed=self._door.ring, fail=self._fail
+            engine,
+            self._outbox,
+            self._prompts,
+            tell=self._tell,
+            changed=self._door.ring,
+            fail=self._fail,
+            max_prompt_bytes=self.config.max_prompt_bytes,
         )
         self._weights = WeightJobs(
             engine, pushed, send=self._sender.answer, post=self._post, fail=self._fail, weights_needed=weights_needed
@@ -170,7 +176,7 @@ class BridgeService:
         state, reason = self._state()
         return wire.Status(
             state=state,
-            reason=reason,
+            reason=None if reason is None else short(reason),
             weight_version=self._engine.weight_version,
             num_unacked=self._outbox.num_unacked,
             num_running=self._engine.num_in_flight,
@@ -279,7 +285,10 @@ class BridgeService:
                 reply_to = error.request_id if message is None else reply_to
             elif not isinstance(error, LongtailError):
                 _logger.exception("a message failed; this is a bug")
-            self._sender.answer(sender, refused(error, reply_to, getattr(message, "push_id", None)))
+            try:
+                self._sender.answer(sender, refused(error, reply_to, getattr(message, "push_id", None)))
+            except Exception:
+                _logger.exception("an answer could not be sent; this is a bug")
 
     def _greet(self, sender: bytes, hello: wire.Hello) -> None:
         box = self._outbox

@@ -18,7 +18,6 @@ ALIVE_HEARTBEATS = 5
 #: Sender of a session whose connection is lost.
 NOBODY = b""
 
-_MAX_NAME_CHARS = 200
 _MAX_DISPLACED = 64
 
 
@@ -86,8 +85,8 @@ class Reception:
 
         """
         for name in ("consumer", "instance"):
-            if not 0 < len(value := getattr(hello, name)) <= _MAX_NAME_CHARS:
-                what = f"1 to {_MAX_NAME_CHARS} characters"
+            if not 0 < len(value := getattr(hello, name)) <= wire.MAX_NAME_CHARS:
+                what = f"1 to {wire.MAX_NAME_CHARS} characters"
                 raise Refusal("invalid", f"{name} is no name", field=name, expected=what, got=value)
         old = self.session
         if old is not None and old.consumer != hello.consumer and now_s - old.heard_s <= self._alive_s:

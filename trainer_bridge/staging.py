@@ -58,6 +58,7 @@ class Staged:
         version: of the weights.
         digest: of all their tensors.
         num_bytes_received: payload of the push.
+        is_known: the engine has this version, and these are its weights: the answer to an earlier push was lost.
 
     """
 
@@ -65,6 +66,7 @@ class Staged:
     version: int
     digest: str
     num_bytes_received: int
+    is_known: bool = False
 
 
 @dataclass(slots=True)
@@ -162,7 +164,8 @@ class Staging:
         if self._push is not None:
             raise PushRefusedError("busy", "push_id", "no other push under way", self._push.push_id)
         is_delta = message.base_version is not None
-        lowest = self.version if self.is_needed else self.version + 1
+        # The engine's own version may come again, and is compared: perhaps its trainer never heard that it was applied.
+        lowest = self.version if self.is_needed or self._weights.checksums is not None else self.version + 1
         if message.version < lowest:
             raise PushRefusedError("invalid", "version", f"{lowest} or above", message.version)
         if is_delta and self.is_needed:
@@ -273,8 +276,11 @@ class Staging:
                 work()
             if push.is_delta:
                 self._weights.complete(set(push.checksums))
+            if (is_known := push.version == self.version and not self.is_needed) and digest != self.digest:
+                expected = f"{self.version + 1} or above, because version {self.version} has other weights"
+                raise PushRefusedError("invalid", "version", expected, push.version)
             push.is_complete = True
-            return Staged(self._weights.update_info(), push.version, digest, push.num_bytes)
+            return Staged(self._weights.update_info(), push.version, digest, push.num_bytes, is_known)
 
     def applied(self) -> None:
         """The engine has the new weights."""

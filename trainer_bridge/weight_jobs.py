@@ -22,10 +22,10 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from longtail.engine.errors import EngineTimeoutError
+from longtail.engine.errors import EngineTimeoutError, WeightsHookError
 from longtail.scheduler.errors import LongtailError
 from longtail.trainer_bridge import wire
-from longtail.trainer_bridge.engine_port import Engine, WeightStaging
+from longtail.trainer_bridge.engine_port import Engine, Staged, WeightStaging
 from longtail.trainer_bridge.refusals import Refusal, refused
 
 _logger = logging.getLogger("longtail.trainer_bridge.weight_jobs")
@@ -272,10 +272,11 @@ class WeightJobs:
         try:
             staged = staging.commit(message)
             step = "engine"
-            pause_s = self._engine.update_weights(
-                staged.update_info, push.begun.version, may_repeat=self.weights_needed is not None
-            )
-            staging.applied()
+            if staged.is_known:
+                staging.abort()
+            else:
+                pause_s = self._update_engine(staged, push.begun.version)
+                staging.applied()
         except Exception as error:
             outcome = refused(_as_refusal(error, step), message.request_id, push.begun.push_id)
             _logger.warning("push %s of version %d failed", push.begun.push_id, push.begun.version, exc_info=True)
@@ -294,6 +295,15 @@ class WeightJobs:
                 num_bytes_received=push.num_bytes,
             )
         self._post(lambda: self._applied(push, outcome, pause_s))
+
+    def _update_engine(self, staged: Staged, version: int) -> float:
+        """Returns the pause in seconds; a hook that fails afterwards changes nothing of it."""
+        may_repeat = self.weights_needed is not None
+        try:
+            return self._engine.update_weights(staged.update_info, version, may_repeat=may_repeat)
+        except WeightsHookError as error:
+            _logger.warning("%s", error)
+            return error.pause_s
 
     def _do(
         self,

@@ -24,13 +24,15 @@ import msgspec
 from longtail.engine.config import SamplingConfig
 from longtail.engine.prompts import Prompt
 from longtail.engine.trajectory import Group, Round, Trajectory
-from longtail.scheduler.errors import LongtailError, shown
+from longtail.scheduler.errors import InvalidInputError, LongtailError, shown
 
 PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 1 << 18
 MAX_CHUNK_BYTES = 1 << 24
 MAX_PROMPTS_BYTES = 1 << 26
 MAX_DELIVERY_BYTES = 1 << 30
+#: Of what a client calls itself, a round or a push.
+MAX_NAME_CHARS = 200
 
 _SIGNATURE = b"LTBRID"
 _PREFIX = _SIGNATURE + PROTOCOL_VERSION.to_bytes(2, "little")
@@ -515,6 +517,7 @@ _PAYLOAD_BYTES: dict[type[Message], int] = {
     Delivery: MAX_DELIVERY_BYTES,
     Preview: MAX_DELIVERY_BYTES,
 }
+_NAMES = ("consumer", "instance", "round_id", "push_id")
 _encoder = msgspec.msgpack.Encoder()
 _to_service: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToService)
 _to_client: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToClient)
@@ -525,10 +528,17 @@ _results: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
 
 
 def encode(message: Message, payload: Buffer | None = None) -> list[Buffer]:
-    """The frames of a message; `payload` is not copied."""
+    """The frames of a message; `payload` is not copied.
+
+    Raises:
+        WireError: the header is too long, because of a text in it.
+
+    """
     assert getattr(message, "num_bytes", 0) == (0 if payload is None else memoryview(payload).nbytes)
     header = _encoder.encode(message)
-    assert len(header) <= MAX_HEADER_BYTES, type(message)
+    if len(header) > MAX_HEADER_BYTES:
+        what = f"a header of at most {MAX_HEADER_BYTES} bytes for {type(message).__name__}"
+        raise WireError("size", what, len(header), getattr(message, "request_id", None))
     return [_PREFIX, header] if payload is None else [_PREFIX, header, payload]
 
 
@@ -541,10 +551,16 @@ def decode_to_service(frames: Sequence[Buffer]) -> tuple[ToService, memoryview]:
     """A message to the service and its third frame, empty if there is none.
 
     Raises:
-        WireError: the frames are not such a message.
+        WireError: the frames are not such a message. Its causes have an `InvalidInputError` if the message could be
+            read, and a value is out of its bounds.
 
     """
-    return _decode(frames, _to_service)
+    message, payload = _decode(frames, _to_service)
+    for name in _NAMES:
+        if len(value := getattr(message, name, "")) > MAX_NAME_CHARS:
+            cause = InvalidInputError(name, f"at most {MAX_NAME_CHARS} characters", value)
+            raise WireError("header", cause.expected, value, getattr(message, "request_id", None)) from cause
+    return message, payload
 
 
 def decode_to_client(frames: Sequence[Buffer]) -> tuple[ToClient, memoryview]:

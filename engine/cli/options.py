@@ -220,7 +220,7 @@ class DemoOptions(OptionGroup):
     learning_rate: Annotated[float | None, "Of AdamW. Default: the task's."] = None
     evaluate_every: Annotated[int | None, "Steps between two evaluations on held-out prompts. Default: 5."] = None
     num_evaluated: Annotated[int | None, "Held-out prompts of an evaluation. Default: 256."] = None
-    warm_up_updates: Annotated[int | None, "Of euclid's base model, if it has to be made. Default: 1000."] = None
+    warm_up_updates: Annotated[int | None, "Of euclid's base model, if it has to be made. Default: 700."] = None
     seed: Annotated[int | None, "Of the prompts and of the engine's sampling. Default: 0."] = None
     threads: Annotated[int | None, "Of the trainer. Default: torch's choice."] = None
 

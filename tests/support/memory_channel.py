@@ -23,7 +23,9 @@ class MemoryChannel:
         apply: Callable[[Staged], None] | None = None,
         welcome: wire.Welcome | None = None,
         tamper: Callable[[wire.Message, bytes], tuple[wire.Message, bytes]] | None = None,
+        heard_version: int | None = None,
     ) -> None:
+        self._heard_version = heard_version
         self.push_id = push_id
         self.welcome = welcome or welcome_of(staging)
         self.credited = -1
@@ -35,6 +37,12 @@ class MemoryChannel:
         self._tamper = tamper
         self._failure: WeightsPushError | None = None
         self._ids = 0
+
+    @property
+    def engine_version(self) -> int | None:
+        if self._heard_version is not None:
+            return self._heard_version
+        return None if self._staging.is_needed else self._staging.version
 
     def next_id(self) -> int:
         self._ids += 1

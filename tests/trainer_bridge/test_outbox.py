@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.journal import Journal, JournalError
 from longtail.trainer_bridge import outbox as outbox_module
-from longtail.trainer_bridge.outbox import MAX_TAKEN_IDS, Outbox
+from longtail.trainer_bridge.outbox import MAX_GROUP_KEYS, MAX_TAKEN_IDS, Outbox
 from longtail.trainer_bridge.refusals import Refusal
 
 
@@ -33,7 +34,7 @@ def shown(box: Outbox) -> list[tuple[int, str, str, bytes]]:
 STEPS: list[Callable[[Outbox], object]] = [
     lambda box: box.put_round("a", [b"a0", b"a1"], b"end a"),
     lambda box: box.ack(2),
-    lambda box: box.stream_key == "x/0" or box.put_group("s", b"s0", "x/0"),
+    lambda box: box.is_group_taken("x/0") or box.put_group("s", b"s0", "x/0"),
     lambda box: box.put_round("b", [b"b0"], b"end b"),
     lambda box: box.ack(5),
     lambda box: box.put_round("s", [], b"end s"),
@@ -199,11 +200,15 @@ def test_compaction_keeps_everything_that_matters_and_bounds_the_file(
     for i in range(300):
         box.put_round(f"r{i}", [bytes(100)], b"end")
         box.ack(box.last_seq - 1)
-    before = (shown(box), box.stream_key, box.epoch, box.last_seq, list(box._taken), box._num_put)
+    def state(box: Outbox) -> tuple[object, ...]:
+        return (shown(box), list(box._group_keys), box.epoch, box.last_seq, list(box._taken), box._num_put)
+
+    before = state(box)
     box.close()
     assert path.stat().st_size < 16_000
     again = Outbox(path)
-    assert (shown(again), again.stream_key, again.epoch, again.last_seq, list(again._taken), again._num_put) == before
+    assert state(again) == before
+    assert again.is_group_taken("k/9")
     again.close()
 
 
@@ -230,6 +235,57 @@ def test_so_many_ids_are_remembered() -> None:
         box.put_round(str(i), [], b"")
     assert not box.is_taken("9")
     assert box.is_taken("10")
+
+
+@pytest.mark.parametrize("compacts", [False, True])
+def test_rounds_of_their_own_do_not_make_others_be_forgotten(path: Path, compacts: bool) -> None:
+    box = Outbox(path)
+    box.put_round("train", [b"g"], b"end")
+    for i in range(MAX_TAKEN_IDS):
+        box.put_round(f"eval-{i}", [], b"", is_own=True)
+    if compacts:
+        box._min_compact_bytes = 1
+        box._compact_if_large()
+    box.close()
+    again = Outbox(path)
+    again.put_round("eval-last", [], b"", is_own=True)
+    assert again.is_taken("train")
+    assert not again.is_taken("eval-0")
+    assert again.is_taken("eval-1")
+    assert not again.put_round("eval-1", [], b"")
+    again.close()
+
+
+@pytest.mark.parametrize("compacts", [False, True])
+def test_groups_of_streams_are_known_after_others_came(path: Path, compacts: bool) -> None:
+    box = Outbox(path)
+    for i in range(MAX_GROUP_KEYS + 2):
+        if i < 2 or i > MAX_GROUP_KEYS - 3:
+            box.put_group("s", b"g", f"k/{i}")
+        else:
+            box._group_keys[f"k/{i}"] = None  # as if, without the disk
+    assert not box.is_group_taken("k/1")
+    assert box.is_group_taken("k/2")
+    box.ack(box.last_seq)
+    if compacts:
+        box._min_compact_bytes = 1
+        box._compact_if_large()
+        assert path.stat().st_size < 100_000
+    box.close()
+    again = Outbox(path)
+    assert again.is_group_taken(f"k/{MAX_GROUP_KEYS + 1}")
+    assert again.is_group_taken(f"k/{MAX_GROUP_KEYS - 1}")
+    assert again.is_group_taken("k/2") is compacts
+    again.close()
+
+
+def test_a_file_that_has_the_last_key_only_is_read(path: Path) -> None:
+    state = {"type": "_State", "epoch": "e", "engine_id": "i", "stream_key": "k/9"}
+    with Journal(path) as journal:
+        journal.append([msgspec.msgpack.encode(state)])
+    box = Outbox(path)
+    assert box.is_group_taken("k/9")
+    box.close()
 
 
 def test_a_file_of_something_else_is_named(path: Path) -> None:
@@ -291,18 +347,24 @@ def test_any_history_is_the_same_after_reading_it_again(tmp_path_factory, steps,
     box._min_compact_bytes = random.choice([1, 1 << 22])
     for i, (kind, number) in enumerate(steps):
         if kind == "r":
-            box.put_round(f"r{number}", [bytes([i])] * (number % 3), b"end")
+            box.put_round(f"r{number}", [bytes([i])] * (number % 3), b"end", is_own=number % 4 == 1)
         elif kind == "g":
             box.put_group("s", bytes([i]), f"k/{i}")
         elif kind == "a":
             box.ack(min(box.last_seq, number * 2))
         else:
             box._compact_if_large()
-    before = (shown(box), box.stream_key, box.acked, box.last_seq, list(box._taken), box._num_put)
+
+
+    def state(box: Outbox) -> tuple[object, ...]:
+        ids = (list(box._group_keys), list(box._taken), list(box._taken_own))
+        return (shown(box), box.acked, box.last_seq, ids, box._num_put)
+
+    before = state(box)
     assert sum(len(entry[3]) for entry in shown(box)) == box.num_unacked_bytes
     assert [entry[0] for entry in shown(box)] == list(range(box.acked + 1, box.last_seq + 1))
     box.close()
     again = Outbox(folder / "d")
-    assert (shown(again), again.stream_key, again.acked, again.last_seq, list(again._taken), again._num_put) == before
+    assert state(again) == before
     again.close()
     shutil.rmtree(folder)

@@ -134,6 +134,20 @@ def test_a_base_that_the_service_refuses_is_forgotten() -> None:
     pusher.push(MemoryChannel(staging, welcome=welcome), arrays_of(weights), 1, delta="auto")
     WeightPusher().push(MemoryChannel(staging), arrays_of(weights), 2)
     with pytest.raises(WeightsPushError, match="base_version"):
+        pusher.push(MemoryChannel(staging, welcome=welcome, heard_version=1), arrays_of(weights), 3, delta="auto")
+    assert pusher.push(MemoryChannel(staging, welcome=welcome), arrays_of(weights), 3, delta="auto").kind == "full"
+
+
+def test_weights_that_were_pushed_whole_can_be_remembered_as_a_base() -> None:
+    staging, pusher, weights = staging_of(), WeightPusher(), random_weights(0)
+    welcome = welcome_of(staging)
+    pusher.push(MemoryChannel(staging, welcome=welcome), arrays_of(weights), 1)
+    pusher.remember(arrays_of(weights), 1)
+    assert pusher.push(MemoryChannel(staging, welcome=welcome), arrays_of(weights), 2, delta=True).kind == "delta"
+    # What was remembered is not what the engine has: noticed, and whole weights the next time.
+    weights = changed_weights(weights, 3, 0.1)
+    pusher.remember(arrays_of(weights), 2)
+    with pytest.raises(WeightsPushError, match="digest"):
         pusher.push(MemoryChannel(staging, welcome=welcome), arrays_of(weights), 3, delta="auto")
     assert pusher.push(MemoryChannel(staging, welcome=welcome), arrays_of(weights), 3, delta="auto").kind == "full"
 

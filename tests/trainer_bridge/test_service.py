@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import zmq
 from fake_rollout_engine import FakeMemory, FakeRolloutEngine
 from raw_bridge_client import RawBridgeClient, raw_client, wait_until
+from wire_examples import TO_SERVICE
 
 from longtail.engine.config import SamplingConfig
 from longtail.engine.errors import InvalidInputError
@@ -394,6 +396,75 @@ def test_what_cannot_be_read_is_answered_with_a_reason(
     assert service.problems[problem] == 1
     client.start("r", 2)  # nobody else noticed, and the session goes on
     client.read_round("r")
+
+
+def with_long_texts(message: Any) -> Iterator[dict[str, Any]]:
+    """The message as often as it has texts, each time with one that fills the header."""
+
+    def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        if isinstance(value, str):
+            yield path
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, inner in items:
+            yield from places(inner, (*path, key))
+
+    for path in places(fields := msgspec.to_builtins(message)):
+        if path != ("type",):
+            changed = msgspec.msgpack.decode(msgspec.msgpack.encode(fields))
+            target = changed
+            for key in path[:-1]:
+                target = target[key]
+            target[path[-1]] = "x" * 70_000
+            target[path[-1]] += "x" * (wire.MAX_HEADER_BYTES - len(msgspec.msgpack.encode(changed)))
+            assert len(msgspec.msgpack.encode(changed)) == wire.MAX_HEADER_BYTES
+            yield changed
+
+
+@pytest.mark.parametrize(("message", "payload"), TO_SERVICE, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("is_known", [True, False])
+def test_texts_as_long_as_a_header_are_answered(
+    message: Any, payload: bytes | None, is_known: bool, client: RawBridgeClient, service: BridgeService
+) -> None:
+    with RawBridgeClient(service.address) as stranger:
+        for fields in with_long_texts(message):
+            sender = client if is_known else stranger
+            sender.send_frames(bytes(GOOD[0]), msgspec.msgpack.encode(fields), *([] if payload is None else [payload]))
+            if not is_known:
+                stranger.wait_for(wire.Refused)
+            assert client.ask(wire.CancelRound(request_id=0, round_id="none")).note == "no such round runs"
+    assert service.failure is None
+
+
+@pytest.mark.parametrize("name", ["consumer", "instance", "round_id", "push_id"])
+def test_names_have_a_bound(name: str, client: RawBridgeClient) -> None:
+    messages = {
+        "consumer": wire.Hello(request_id=77, consumer="x" * 201, instance="i"),
+        "instance": wire.Hello(request_id=77, consumer="t", instance="x" * 201),
+        "round_id": wire.CancelRound(request_id=77, round_id="x" * 201),
+        "push_id": wire.BeginWeights(request_id=77, push_id="x" * 201, version=1),
+    }
+    client.send(messages[name])
+    refused = client.wait_for(wire.Refused)
+    assert (refused.code, refused.field, refused.reply_to) == ("invalid", name, 77)
+    assert refused.expected == "at most 200 characters"
+
+
+def test_a_setting_of_a_round_that_is_out_of_its_bounds_is_refused_by_name(client: RawBridgeClient) -> None:
+    fields = msgspec.to_builtins(
+        wire.StartRound(request_id=77, round_id="r", group_size=2, sampling=SamplingConfig(), target_groups=2)
+    )
+    fields["sampling"]["top_p"] = 2.0
+    client.send_frames(bytes(GOOD[0]), msgspec.msgpack.encode(fields))
+    refused = client.wait_for(wire.Refused)
+    assert (refused.code, refused.field, refused.reply_to) == ("invalid", "sampling.top_p", 77)
+    assert (refused.expected, refused.got) == ("a finite number in (0, 1]", "2.0")
+
+
+def test_an_answer_that_is_too_long_is_one_that_says_so(client: RawBridgeClient, service: BridgeService) -> None:
+    service._clerk._do = lambda request, payload: wire.Done(reply_to=request.request_id, note="x" * (1 << 18))  # type: ignore[method-assign, union-attr]
+    refused = client.ask(wire.CancelRound(request_id=0, round_id="r"))
+    assert (refused.code, refused.field) == ("wire", "size")
+    assert client.ask(wire.Goodbye(request_id=0)).note == ""
 
 
 def test_a_payload_that_is_none_is_refused_by_name(client: RawBridgeClient) -> None:

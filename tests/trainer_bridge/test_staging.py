@@ -204,8 +204,23 @@ def test_needed_weights_may_have_the_version_that_the_engine_says_once() -> None
     push(staging, messages_of(weights, 7))
     staging.applied()
     with pytest.raises(PushRefusedError, match="version: expected 8 or above"):
-        push(staging, messages_of(weights, 7))
+        push(staging, messages_of(random_weights(1), 7))
     push(staging, messages_of(weights, 8, weights, 7))
+
+
+def test_a_version_that_comes_again_is_known_if_its_weights_are_the_same() -> None:
+    """The answer to its push was lost, so that its trainer pushes it once more."""
+    staging, weights = staging_of(), random_weights(0)
+    assert not push(staging, messages_of(weights, 1)).is_known
+    staging.applied()
+    before = staging.digest, mirror_of(staging)
+    for sent in (messages_of(weights, 1), messages_of(weights, 1, weights, 1)):
+        assert push(staging, sent).is_known
+        staging.abort()
+        assert (staging.digest, mirror_of(staging)) == before
+    with pytest.raises(PushRefusedError, match="because version 1 has other weights"):
+        push(staging, messages_of(random_weights(1), 1))
+    assert (staging.version, staging.digest, mirror_of(staging)) == (1, *before)
 
 
 # ---- what is wrong ----------------------------------------------------------------------------------------------

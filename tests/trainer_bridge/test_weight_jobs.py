@@ -10,7 +10,7 @@ import pytest
 from fake_rollout_engine import FakeRolloutEngine
 from raw_bridge_client import RawBridgeClient, raw_client, wait_until
 
-from longtail.engine.errors import EngineTimeoutError, InvalidInputError, WeightsApplyError
+from longtail.engine.errors import EngineTimeoutError, InvalidInputError, WeightsApplyError, WeightsHookError
 from longtail.trainer_bridge import wire
 from longtail.trainer_bridge.config import BridgeConfig
 from longtail.trainer_bridge.errors import PushRefusedError
@@ -21,6 +21,7 @@ SPEC = wire.TensorSpec("w", "float32", (2,))
 
 class Staged(NamedTuple):
     update_info: dict[str, Any]
+    is_known: bool = False
 
 
 class FakeStaging:
@@ -34,6 +35,7 @@ class FakeStaging:
         self.may_prepare = threading.Event()
         self.may_prepare.set()
         self.refuses: str | None = None
+        self.is_known = False
         self.push_id: str | None = None
 
     def begin(self, message: wire.BeginWeights) -> dict[str, int]:
@@ -58,7 +60,7 @@ class FakeStaging:
 
     def commit(self, message: wire.CommitWeights) -> Staged:
         self._do("commit")
-        return Staged({"where": message.push_id})
+        return Staged({"where": message.push_id}, self.is_known)
 
     def applied(self) -> None:
         self._do("applied")
@@ -119,6 +121,23 @@ def test_a_push(bridge: Bridge) -> None:
     assert bridge.client.ask(wire.AskChecksum(request_id=0)) == wire.Checksum(
         reply_to=applied.reply_to + 1, version=1, digest="d", model="model-1"
     )
+
+
+def test_a_hook_that_fails_does_not_undo_a_push(bridge: Bridge) -> None:
+    bridge.engine.update_fails_with = WeightsHookError(1, 0.5, RuntimeError("no disk"))
+    applied = bridge.push()
+    assert isinstance(applied, wire.WeightsApplied)
+    assert applied.pause_s == 0.5
+    assert bridge.staging.calls[-1] == "applied"
+
+
+def test_weights_that_the_engine_has_already_are_not_applied_again(bridge: Bridge) -> None:
+    bridge.staging.is_known = True
+    applied = bridge.push()
+    assert isinstance(applied, wire.WeightsApplied)
+    assert applied.pause_s == 0.0
+    assert bridge.engine.updates == []
+    assert bridge.staging.calls[-1] == "abort"
 
 
 def test_the_socket_is_not_held_up_while_the_engine_takes_the_weights(bridge: Bridge) -> None:

@@ -98,6 +98,12 @@ def test_the_sender_of_a_wrong_request_can_be_told() -> None:
     assert caught.value.request_id == 4
 
 
+def test_a_message_that_is_too_long_is_not_sent() -> None:
+    with pytest.raises(wire.WireError, match="at most 262144 bytes for CancelRound") as caught:
+        wire.encode(wire.CancelRound(request_id=4, round_id="x" * wire.MAX_HEADER_BYTES))
+    assert (caught.value.problem, caught.value.request_id) == ("size", 4)
+
+
 def test_results_come_back_exactly() -> None:
     group = Group(group_id="g", trajectories=[trajectory(), trajectory(index=1, seed=2**63 - 1)], complete=True)
     assert wire.decode_result(wire.encode_payload(group), Group) == group
