@@ -19,6 +19,7 @@ from longtail.trainer_bridge.client_calls import BridgeCalls, Call, check_timeou
 from longtail.trainer_bridge.client_rounds import AsyncBell, AsyncClientGroupStream, AsyncClientRound
 from longtail.trainer_bridge.errors import BridgeError
 from longtail.trainer_bridge.keys import ClientKeys
+from longtail.trainer_bridge.round_reader import RoundReader, StreamReader
 
 if TYPE_CHECKING:
     from longtail.trainer_bridge.push import PushProgress, PushReport
@@ -129,10 +130,14 @@ class AsyncBridgeClient(ClientState):
     ) -> AsyncClientGroupStream:
         """See `BridgeClient.stream`; `async for` over the result."""
         bell, bound = AsyncBell(), self._bound(timeout_s)
-        call = self._calls.start_stream(
-            bell.ring, prompts, group_size=group_size, num_groups=num_groups, sampling=sampling, stream_id=stream_id
-        )
-        return AsyncClientGroupStream(self._calls, lambda: self._run(call, bound), bell, bound)
+
+        def start() -> Call[StreamReader]:  # a start whose time is up can be tried again
+            return self._calls.start_stream(
+                bell.ring, prompts, group_size=group_size, num_groups=num_groups, sampling=sampling,
+                stream_id=stream_id,
+            )  # fmt: skip
+
+        return AsyncClientGroupStream(self._calls, lambda: self._run(start(), bound), bell, bound)
 
     async def cancel(self, round_id: str, *, timeout_s: float | None = None) -> None:
         """See `BridgeClient.cancel`."""
@@ -176,8 +181,11 @@ class AsyncBridgeClient(ClientState):
 
     def _start(self, timeout_s: float, prompts: Any, **arguments: Any) -> AsyncClientRound:
         bell = AsyncBell()
-        call = self._calls.start_round(bell.ring, prompts, **arguments)
-        return AsyncClientRound(self._calls, lambda: self._run(call, timeout_s), bell, timeout_s)
+
+        def start() -> Call[RoundReader]:
+            return self._calls.start_round(bell.ring, prompts, **arguments)
+
+        return AsyncClientRound(self._calls, lambda: self._run(start(), timeout_s), bell, timeout_s)
 
     async def _run(self, call: Call[T], timeout_s: float | None) -> T:
         bound = self._bound(timeout_s)

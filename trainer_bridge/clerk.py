@@ -1,7 +1,8 @@
 """Does what takes longer than the thread of the socket may take: one request after the other, in their order.
 
 Prompts are tokenised and written, acknowledgements written, rounds handed on once their prompts are read. Order
-matters: a round that was asked for after prompts finds them. What waits is bounded in number and in bytes.
+matters: a round that was asked for after prompts finds them. What waits is bounded in number and in bytes. A journal
+that takes nothing more ends the service: only the next one can open it anew.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longtail.engine.errors import InvalidInputError
+from longtail.engine.journal import JournalError
 from longtail.engine.prompts import Prompt, tokenize_prompts
 from longtail.scheduler.errors import LongtailError
 from longtail.trainer_bridge import wire
@@ -25,6 +27,9 @@ from longtail.trainer_bridge.round_jobs import RoundJobs
 MAX_WAITING = 1024
 MAX_WAITING_BYTES = 2 * wire.MAX_PROMPTS_BYTES
 MAX_GROUP_SIZE = 1 << 16
+
+#: What a journal says that was broken before: see `Journal.append`.
+_BROKEN = "takes nothing more"
 
 _logger = logging.getLogger("longtail.trainer_bridge.clerk")
 
@@ -43,12 +48,21 @@ class _Forget:
 class Clerk:
     """See the module."""
 
-    def __init__(self, engine: Engine, outbox: Outbox, prompts: PromptLog, rounds: RoundJobs, answer: Answer) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        outbox: Outbox,
+        prompts: PromptLog,
+        rounds: RoundJobs,
+        answer: Answer,
+        fail: Callable[[Exception], None],
+    ) -> None:
         self._engine = engine
         self._outbox = outbox
         self._prompts = prompts
         self._rounds = rounds
         self._answer = answer
+        self._fail = fail
         self._lock = threading.Lock()
         self._num_waiting = 0
         self._num_bytes = 0
@@ -86,10 +100,12 @@ class Clerk:
         while (item := self._requests.get()) is not None:
             sender, request, payload = item
             reply_to = getattr(request, "request_id", None)
+            broken: JournalError | None = None
             try:
                 answer: wire.Message | None = self._do(request, payload)
             except LongtailError as error:
                 answer = refused(error, reply_to)
+                broken = error if isinstance(error, JournalError) and _BROKEN in error.reason else None
             except Exception as error:
                 _logger.exception("a request failed; this is a bug")
                 answer = refused(error, reply_to)
@@ -98,6 +114,8 @@ class Clerk:
                 self._num_bytes -= payload.nbytes
             if answer is not None and sender:
                 self._answer(sender, answer)
+            if broken is not None:
+                self._fail(broken)
             del item, request, payload  # a large frame must not live until the next request
 
     def _do(self, request: Request | _Forget, payload: memoryview) -> wire.Message | None:

@@ -1,11 +1,17 @@
 """`BridgeClient`: an engine in another process, or on another host, with the calls of `RolloutEngine`.
 
     with BridgeClient("tcp://127.0.0.1:41234", cursor=checkpoint.cursor) as client:
-        round_ = client.rollout(prompts, group_size=8, target_groups=32, round_id=f"step-{step}")
-        ...                              # train on round_.complete_groups
-        client.push_weights(model.named_parameters(), version=step + 1)
-        save(checkpoint, cursor=client.cursor)
-        client.ack()                     # not before the checkpoint is on the disk
+        if client.weight_version != checkpoint.step or client.weights_needed is not None:
+            client.push_weights(model.named_parameters(), version=checkpoint.step)
+        for step in range(checkpoint.step, num_steps):
+            round_ = client.rollout(prompts, group_size=8, target_groups=32, round_id=f"step-{step}")
+            ...                          # train on round_.complete_groups
+            save(model, step=step + 1, cursor=client.cursor)
+            client.ack()                 # not before the checkpoint is on the disk
+            client.push_weights(model.named_parameters(), version=step + 1)
+
+The checkpoint comes before the push, so that the engine's weights are never newer than it: a trainer that died between
+the two, or whose engine was restarted, pushes the checkpoint's weights before it goes on.
 
 Every trajectory of a round comes exactly once: the service keeps what was not acknowledged, through its own death and
 the trainer's, and a trainer that starts again with the cursor of its checkpoint gets what this does not contain.

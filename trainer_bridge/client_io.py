@@ -102,12 +102,15 @@ class ClientIO:
 
         Raises:
             BridgeError: see `check`.
+            InvalidInputError: it can't be sent, because it is too large, or has values that no message can have.
 
         """
         future = new_reply()
         with self.lock:
             self.check()
-            self.session.request(make(self.session.next_id()), into(future), payload)
+            message = make(self.session.next_id())
+            check_sendable(message)
+            self.session.request(message, into(future), payload)
         self.wake()
         return future
 
@@ -220,7 +223,14 @@ class ClientIO:
         while outgoing:
             message, payload = outgoing[0]
             try:
-                self._socket.send_multipart(wire.encode(message, payload), zmq.DONTWAIT, copy=False)
+                frames = wire.encode(message, payload)
+            except Exception as error:  # one that can't be encoded must not end all others
+                logger.exception("%s: a message could not be encoded", self.address)
+                self.session.unsendable(error)
+                outgoing = self.session.outgoing
+                continue
+            try:
+                self._socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return False
             outgoing.popleft()
@@ -253,6 +263,24 @@ class ClientIO:
             os.close(self._wake_reader)
             os.close(self._wake_writer)
             self._wake_writer = -1
+
+
+def check_sendable(message: wire.Message) -> None:
+    """Whether a message fits into its frame.
+
+    Raises:
+        InvalidInputError: it does not.
+
+    """
+    try:
+        num_bytes = len(wire.encode_payload(message))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInputError(
+            "request", f"values that a message can have ({error})", type(message).__name__
+        ) from error
+    if num_bytes > wire.MAX_HEADER_BYTES:
+        expected = f"at most {wire.MAX_HEADER_BYTES} bytes besides prompts"
+        raise InvalidInputError("request", expected, f"{type(message).__name__} of {num_bytes} bytes")
 
 
 def new_reply() -> Future[Any]:

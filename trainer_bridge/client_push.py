@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from longtail.trainer_bridge import wire
-from longtail.trainer_bridge.client_io import ClientIO
+from longtail.trainer_bridge.client_io import ClientIO, check_sendable
 from longtail.trainer_bridge.errors import BridgeTimeoutError, WeightsPushError
 from longtail.trainer_bridge.push_channel import PushReply, PushRequest
 
@@ -86,6 +86,8 @@ class ClientPush:
         self, message: wire.WeightsTensor | wire.WeightsChunk | wire.AbortWeights, payload: wire.Buffer | None = None
     ) -> None:
         """See `PushChannel`."""
+        if isinstance(message, wire.WeightsTensor):  # it has a name of the caller's
+            check_sendable(message)
         with self._io.lock:
             self._check()
             self._session.send_push(message, payload)
@@ -93,6 +95,7 @@ class ClientPush:
 
     def request(self, message: PushRequest, phase: str, timeout_s: float) -> PushReply:
         """See `PushChannel`."""
+        check_sendable(message)
         replies: list[Any] = []
 
         def on_reply(reply: Any) -> None:

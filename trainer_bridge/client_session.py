@@ -41,6 +41,8 @@ _FORGOTTEN_AGAIN_S = 0.2
 _SILENT_HEARTBEATS = 4.0
 #: A service that has more than it sends, for so long, has lost it on the way.
 _STARVED_HEARTBEATS = 10.0
+#: A gap that is there again after so many new sessions is not the connection's fault.
+_MAX_GAP_HELLOS = 5
 
 
 _NO_ANSWER = "it does not answer"
@@ -116,6 +118,7 @@ class ClientSession:
         self._hello_at = 0.0
         self._hello_again_s = self._gap_again_s = _HELLO_AGAIN_S
         self._gap_hello_at: float | None = None
+        self._num_gap_hellos = 0
         self._last_id = 0
         self._last_sent = self._last_heard = self._last_progress = self._opened_at = clock()
         self._credit_step = max(prefetch // 4, 1)
@@ -256,6 +259,18 @@ class ClientSession:
         self._acked_sent = max(self._acked_sent, seq)
         self.request(wire.Ack(request_id=self.next_id(), seq=seq), on_done)
 
+    def unsendable(self, error: Exception) -> None:
+        """The first of `outgoing` can't be encoded: drop it, and tell whoever sent it."""
+        message, _ = self.outgoing.popleft()
+        wrong = InvalidInputError("request", f"what a message can have ({error})", type(message).__name__)
+        request = self._requests.pop(getattr(message, "request_id", None))
+        if isinstance(message, wire.StartRound):
+            self._fail_round(message.round_id, wrong)
+        if request is not None:
+            request.on_reply(wrong)
+        elif self.push is not None and getattr(message, "push_id", None) == self.push.push_id:
+            self.push.fail(wrong)
+
     # ---- deliveries --------------------------------------------------------------------------------------------
 
     @property
@@ -351,7 +366,7 @@ class ClientSession:
         if message.seq > expected:
             self._see_gap(message.seq)
             return
-        self._gap_hello_at, self._gap_again_s = None, _HELLO_AGAIN_S
+        self._close_gap()
         self._last_progress = self._clock()
         is_expected = message.round_id in self._rounds
         if message.kind == "round":
@@ -366,13 +381,40 @@ class ClientSession:
         """Say hello again: once for all that follow the gap, and ever more rarely if it is there again."""
         if not self._is_open or self._gap_hello_at is not None:
             return
+        received = self.shelves.received
         self.num_gaps += 1
-        logger.warning("%s: delivery %d came after %d", self.peer, seq, self.shelves.received)
+        if self._num_gap_hellos == _MAX_GAP_HELLOS:
+            text = (
+                f"delivery {received + 1} does not come, in {_MAX_GAP_HELLOS} new sessions: {seq} came after {received}"
+            )
+            self.fail(BridgeError(self.peer, text))
+            return
+        self._num_gap_hellos += 1
+        logger.warning("%s: delivery %d came after %d", self.peer, seq, received)
         self._gap_hello_at = self._clock() + (0.0 if self._gap_again_s == _HELLO_AGAIN_S else self._gap_again_s)
         self._gap_again_s = min(2 * self._gap_again_s, _MAX_HELLO_AGAIN_S)
 
+    def _close_gap(self) -> None:
+        self._gap_hello_at, self._gap_again_s, self._num_gap_hellos = None, _HELLO_AGAIN_S, 0
+
+    def _skip_acknowledged(self, acked: int) -> None:
+        """An earlier client of the consumer acknowledged more than this one has, by an `Ack` that came late."""
+        if acked > self.shelves.received:
+            what = "%s: deliveries up to %d were acknowledged by an earlier client; this one had come to %d"
+            logger.warning(what, self.peer, acked, self.shelves.received)
+            self.shelves.skip(acked)
+            self._close_gap()
+            waiters, self._delivery_waiters = self._delivery_waiters, []
+            for on_reply in waiters:
+                on_reply(None)
+        self.acked = max(self.acked, acked)
+
     def _take_status(self, message: wire.Heartbeat) -> None:
         self.status = message.status
+        if self._is_open and self.welcome is not None:
+            acked = self.welcome.last_seq - message.status.num_unacked  # at least
+            if acked > self.shelves.received:
+                self._skip_acknowledged(acked)
         waiters, self._status_waiters = self._status_waiters, []
         for on_reply in waiters:
             on_reply(message)
@@ -437,6 +479,7 @@ class ClientSession:
         self.welcome, self.status, self.weights_needed = message, message.status, message.weights_needed
         self.num_sessions += 1
         self._is_open = True
+        self._skip_acknowledged(message.acked)
         self._hellos.clear()
         self._opened_at = self._last_progress = self._clock()
         for request in self._requests:

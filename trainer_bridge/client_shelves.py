@@ -98,6 +98,7 @@ class Shelves:
         self._shelves: dict[str, Shelf] = {}
         self._owners: dict[str, str] = {}
         self._closed_streams: dict[str, None] = {}
+        self._unwanted_up_to = 0
 
     def __iter__(self) -> Iterator[Shelf]:
         return iter(list(self._shelves.values()))
@@ -151,6 +152,7 @@ class Shelves:
         shelf.previews.clear()
         if shelf.is_stream and not is_expected:
             self._closed_streams[shelf.round_id] = None
+        self._drop_unwanted(shelf)
         if not is_expected and (not shelf.entries or shelf.round_id.startswith(EVALUATION_IDS)):
             self.drop(shelf)
 
@@ -160,6 +162,18 @@ class Shelves:
         while self.handed_up_to + 1 in self._handed_beyond:
             self.handed_up_to += 1
             self._handed_beyond.remove(self.handed_up_to)
+
+    def skip(self, seq: int) -> None:
+        """Expect what follows `seq` next: what comes before it nobody wants, here or on its way.
+
+        What somebody reads stays until it is read.
+        """
+        self._handed_beyond.update(range(self.received + 1, seq + 1))
+        self.received = max(self.received, seq)
+        self._unwanted_up_to = seq
+        for shelf in self:
+            self._drop_unwanted(shelf)
+        self.hand_out([])
 
     def drop(self, shelf: Shelf) -> None:
         """Count what lies on it as handed out. Later deliveries of its round get a shelf of their own."""
@@ -200,6 +214,12 @@ class Shelves:
         if shelf is None:
             shelf = self._shelves[round_id] = Shelf(round_id)
         return shelf
+
+    def _drop_unwanted(self, shelf: Shelf) -> None:
+        if shelf.is_claimed:
+            return
+        while shelf.entries and shelf.entries[0].seq <= self._unwanted_up_to:
+            self.hand_out([shelf.entries.popleft()])
 
     def _heir(self, round_id: str) -> Shelf | None:
         """The stream that takes up what a stream of an earlier process delivers still."""

@@ -260,13 +260,19 @@ class BridgeFleet:
     ) -> list[PushReport | None]:
         """Push weights to every engine that does not have this version, at a time; `None` for those that have.
 
+        An engine that only says it has them, because it needs them (`weights_needed`), gets them, too.
+
         `named_tensors` is read once, in step with the slowest engine.
 
         Raises:
             FleetPushError: some engines do not have them.
 
         """
-        needing = [e for e, client in enumerate(self.clients) if client.weight_version != version]
+        needing = [
+            e
+            for e, client in enumerate(self.clients)
+            if client.weight_version != version or client.weights_needed is not None
+        ]
         reports: list[PushReport | None] = [None] * len(self.clients)
         if not needing:
             return reports

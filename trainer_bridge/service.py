@@ -113,7 +113,7 @@ class BridgeService:
         self._weights = WeightJobs(
             engine, pushed, send=self._sender.answer, post=self._post, fail=self._fail, weights_needed=weights_needed
         )
-        self._clerk = Clerk(engine, self._outbox, self._prompts, self._rounds, self._answer)
+        self._clerk = Clerk(engine, self._outbox, self._prompts, self._rounds, self._answer, self._fail)
         self._thread = threading.Thread(target=self._run, name="longtail-bridge", daemon=True)
         self._thread.start()
 
@@ -300,7 +300,7 @@ class BridgeService:
             self._door.send(greeting.displaced, wire.encode(refused(error)))
         if greeting.is_new:
             self._sender.forget()
-            self._weights.drop("the session was lost", tell=False)
+            self._weights.leave("the session was lost")
         used = greeting.session.next_seq - 1
         if used > box.acked:
             self._clerk.forget(used)
@@ -332,7 +332,7 @@ class BridgeService:
             case wire.Goodbye():
                 self._sender.answer(sender, wire.Done(reply_to=message.request_id))
                 self._reception.leave(sender)
-                self._weights.drop("the client left", tell=False)
+                self._weights.leave("the client left")
             case wire.StartRound():
                 self._check_can_run()
                 self._clerk.take(sender, message, payload)
@@ -383,7 +383,7 @@ class BridgeService:
         self._sender.tell(wire.Heartbeat(status=self.status()))
 
     def _lost(self) -> None:
-        self._weights.drop("the connection was lost", tell=False)
+        self._weights.leave("the connection was lost")
 
     def _close_files(self) -> None:
         self._outbox.close()

@@ -6,6 +6,9 @@ has a push (to prepare its base, or to apply it), nothing else touches the stagi
 
 One push at a time. The outcome of the last one is remembered, because its answer may be lost with a connection and is
 then asked for again. What still arrives of a push that is over was sent before its sender knew, and is passed over.
+
+vLLM's own transfers have nobody to end them when the trainer goes between `start` and `finish`: the engine is paused
+then, with weights of two versions, and `fail` is called.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class WeightJobs:
         staging: `None` where the engine can take none.
         send: a message to a client, in the socket's thread.
         post: run a function in the socket's thread; may be called in any.
-        fail: called when nobody knows any more which weights the engine has.
+        fail: called when nobody knows any more which weights the engine has, or it can't go on.
         weights_needed: see `wire.Welcome`.
 
     Attributes:
@@ -88,6 +91,8 @@ class WeightJobs:
         self._push: _Push | None = None
         self._last: tuple[str, wire.Message] | None = None
         self._over: str | None = None
+        self._is_transferring = False
+        self._is_left = False
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="longtail-bridge-weights", daemon=True)
         self._thread.start()
@@ -146,7 +151,7 @@ class WeightJobs:
         """Apply the push, or say again what became of it.
 
         Raises:
-            Refusal: there is no such push.
+            Refusal: there is no such push, or it is being prepared; that ends it.
 
         """
         if self._last is not None and self._last[0] == message.push_id:
@@ -155,6 +160,9 @@ class WeightJobs:
         push = self._push
         if push is None or push.begun.push_id != message.push_id or self._staging is None:
             raise Refusal("gap", "no such push is under way", field="push_id", got=message.push_id)
+        if push.is_held and not push.is_applying:
+            push.is_dropped = True
+            raise Refusal("gap", "the push is not ready yet", field="push_id", got=message.push_id)
         push.sender, push.request_id = sender, message.request_id
         if not push.is_held:
             push.is_held = push.is_applying = self.is_busy = self.is_updating = True
@@ -164,6 +172,12 @@ class WeightJobs:
         """Forget a push, unless it is being applied."""
         if self._push is not None and self._push.begun.push_id == message.push_id:
             self.drop("it was aborted", tell=False)
+
+    def leave(self, why: str) -> None:
+        """The trainer is gone, or has another connection: forget what it had under way."""
+        self.drop(why, tell=False)
+        self._is_left = True
+        self._check_left()
 
     def drop(self, why: str, *, tell: bool = True) -> None:
         """Forget the push that is not committed, if there is one."""
@@ -193,10 +207,14 @@ class WeightJobs:
 
         def note(answer: wire.Message) -> None:
             # No step runs from start to finish, however long the trainer takes.
-            self.is_updating = message.op in ("start", "update") and isinstance(answer, wire.Done)
+            if isinstance(answer, wire.Done) and message.op in ("start", "finish"):
+                self._is_transferring = message.op == "start"
+            self.is_updating = self._is_transferring
             if message.op == "finish" and isinstance(answer, wire.Done):
                 self._note_version(message.version)
+            self._check_left()
 
+        self._is_left = False
         self.is_updating = self.is_updating or message.op != "init"
         self._do(sender, message.request_id, step, then=note)
 
@@ -356,6 +374,13 @@ class WeightJobs:
         else:
             self.num_refused += 1
         self._send(push.sender, replace(outcome, reply_to=push.request_id))
+
+    def _check_left(self) -> None:
+        """Nobody is there to finish a transfer; an engine that died of it is paused no more."""
+        if self._is_left and self._is_transferring and self._engine.how_it_ended() is None:
+            self._is_transferring = False
+            what = "the trainer left vLLM's weight transfer between start and finish: the engine can't go on"
+            self._fail(Refusal("engine", what))
 
     def _note_version(self, version: int | None) -> None:
         if self.weights_needed is not None and version is not None and version >= self.weights_needed:

@@ -165,7 +165,7 @@ class StartRound(Message, frozen=True):
     """Run a round; with `target_groups=None` a stream of groups, until it is cancelled. Answered by `RoundAccepted`.
 
     Attributes:
-        round_id: names the round for good: the same id again starts nothing.
+        round_id: names the round: the same id again starts nothing, among the last 1000 of its kind.
         num_groups: of a stream, groups in flight.
         carry: draw on the appended prompts and carry unfinished groups over; a round that does not has its own
             prompts in the third frame, as `AppendPrompts` has them, and returns cut groups too.

@@ -169,3 +169,26 @@ def test_what_can_not_be_reached_or_is_closed(service: ScriptedService) -> None:
             await client.ack()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["round", "stream"])
+def test_a_start_whose_time_is_up_can_be_tried_again(service: ScriptedService, kind: str) -> None:
+    service.answers[wire.StartRound] = lambda message, payload: True
+
+    async def run() -> None:
+        async with connect(service) as client:
+            running: Any
+            if kind == "round":
+                running = client.stream_trajectories(PROMPTS, target_groups=1, round_id="a", timeout_s=0.3)
+            else:
+                running = client.stream(PROMPTS, stream_id="a", timeout_s=0.3)
+            for _ in range(2):
+                with pytest.raises(BridgeTimeoutError, match="the round a to be accepted"):
+                    await anext(running)
+            service.do(service.answers.clear)
+            if kind == "stream":
+                service.put_groups("a", 1)
+            running._timeout_s = 10.0
+            assert await anext(running)
+
+    asyncio.run(run())

@@ -731,3 +731,23 @@ def test_trajectories_are_what_was_sent(service: ScriptedService) -> None:
         service.preview("a", trajectory())
         assert next(stream) == trajectory()
         stream.close()
+
+
+def test_what_is_too_large_for_a_message_is_refused_to_its_caller_alone(service: ScriptedService) -> None:
+    with connect(service) as client:
+        for sampling in (SamplingConfig(stop=("x" * 270_000,)), SamplingConfig(stop=("\ud800",))):
+            with pytest.raises(InvalidInputError, match="request"):
+                client.rollout(PROMPTS, target_groups=1, round_id="a", sampling=sampling)
+        assert client.rollout(PROMPTS, target_groups=1, round_id="a").groups
+
+
+def test_the_thread_survives_a_message_that_can_not_be_encoded(service: ScriptedService) -> None:
+    with connect(service) as client:
+        replies: list[Any] = []
+        with client._calls.io.lock:
+            session = client._calls.session
+            session.request(wire.CancelRound(request_id=session.next_id(), round_id=object()), replies.append)  # type: ignore[arg-type]
+        client._calls.io.wake()
+        until(lambda: bool(replies))
+        assert isinstance(replies[0], InvalidInputError)
+        assert client.ask_status().state == "idle"

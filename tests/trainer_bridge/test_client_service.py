@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fake_rollout_engine import FakeMemory, FakeRolloutEngine
+from weight_examples import MANIFEST, arrays_of, as_bytes, changed_weights, random_weights, staged_bytes
 
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.trajectory import Group
@@ -28,7 +29,9 @@ from longtail.trainer_bridge.errors import (
 )
 from longtail.trainer_bridge.fleet import BridgeFleet
 from longtail.trainer_bridge.keys import CLIENT, SERVER, ClientKeys, make_keys
+from longtail.trainer_bridge.ring import Ring
 from longtail.trainer_bridge.service import BridgeService
+from longtail.trainer_bridge.staging import Staging
 from longtail.trainer_bridge.wire import Cursor
 
 PROMPTS = [[i % 512, (i + 1) % 512] for i in range(2000)]
@@ -37,14 +40,15 @@ PROMPTS = [[i % 512, (i + 1) % 512] for i in range(2000)]
 class Site:
     """An engine with its service, which can be killed and started again."""
 
-    def __init__(self, state: Path | None = None, **config: Any) -> None:
+    def __init__(self, state: Path | None = None, *, staging: Staging | None = None, **config: Any) -> None:
         self.memory = FakeMemory()
+        self._staging = staging
         self._config = {"heartbeat_s": 0.1, "state": state} | config
         self.start()
 
     def start(self) -> None:
         self.engine = FakeRolloutEngine(self.memory)
-        self.service = BridgeService(self.engine, BridgeConfig(**self._config))
+        self.service = BridgeService(self.engine, BridgeConfig(**self._config), staging=self._staging or "own")
         self._config["address"] = self.service.address
 
     def restart(self) -> None:
@@ -346,3 +350,39 @@ def test_a_fleet(tmp_path: Path) -> None:
     finally:
         for site in sites:
             site.service.close()
+
+
+def staged_site() -> Site:
+    staging = Staging(MANIFEST, version=0, ring=Ring.create(4, 64), chunk_bytes=64)
+    return Site(staging=staging)
+
+
+@pytest.mark.parametrize("transport", ["zmq", "shm"])
+def test_weights_arrive_bit_for_bit(transport: Any) -> None:
+    weights = random_weights(0)
+    with staged_site() as site, site.connect() as client:
+        for version, (delta, kind) in enumerate([(False, "full"), ("auto", "full"), (True, "delta")], 1):
+            weights = changed_weights(weights, version, 0.05)
+            report = client.push_weights(arrays_of(weights), version, delta=delta, transport=transport)
+            assert (report.kind, report.transport, report.version) == (kind, transport, version)
+            checksum = client.checksum()
+            assert (checksum.digest, checksum.version, client.weight_version) == (report.digest, version, version)
+            assert staged_bytes(site.engine.updates[-1][0]) == as_bytes(weights)
+        with pytest.raises(WeightsPushError, match="version"):
+            client.push_weights(arrays_of(weights), 2, transport=transport)
+
+
+@pytest.mark.parametrize("transport", ["zmq", "shm"])
+def test_weights_arrive_bit_for_bit_with_asyncio(transport: Any) -> None:
+    async def push(site: Site) -> None:
+        weights = random_weights(0)
+        async with AsyncBridgeClient(site.address, connect_timeout_s=10.0, timeout_s=20.0) as client:
+            for version, (delta, kind) in enumerate([("auto", "full"), (True, "delta")], 1):
+                weights = changed_weights(weights, version, 0.05)
+                report = await client.push_weights(arrays_of(weights), version, delta=delta, transport=transport)
+                assert (report.kind, report.transport) == (kind, transport)
+                assert (await client.checksum()).digest == report.digest
+                assert staged_bytes(site.engine.updates[-1][0]) == as_bytes(weights)
+
+    with staged_site() as site:
+        asyncio.run(push(site))

@@ -557,3 +557,46 @@ def test_what_is_known_of_the_service_is_said(is_connected: bool) -> None:
     if not is_connected:
         world.disconnect()
         assert world.session.describe() == "no connection: it broke"
+
+
+def late_ack(world: World, acked: int) -> None:
+    """The service does an earlier client's `Ack`, after it has welcomed this one."""
+    world.service.acked = acked
+    world.service.next_seq = max(world.service.next_seq, acked + 1)
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_what_an_earlier_client_acknowledged_late_is_not_waited_for(is_followed: bool) -> None:
+    service = Service()
+    for _ in range(4):
+        service.put("old", "group")
+    world = World(service=service)
+    world.connect()
+    world.client_step()
+    world.service.answer(world.to_service[0])
+    welcome = service.welcome(world.to_service.popleft().request_id)
+    late_ack(world, 4)
+    world.session.receive(welcome, NOTHING)
+    waiting: list[Any] = []
+    world.session.await_delivery(waiting.append)
+    if is_followed:
+        world.claim("new")
+        service.put("new", "group")
+    for _ in range(20):
+        world.now += 1.0
+        run(world, 2)
+    assert world.session.shelves.received == service.last_seq
+    assert waiting
+    assert world.session.cursor.seq == world.session.acked == 4
+    assert world.session.num_sessions <= 2
+    assert world.session.failure is None
+
+
+def test_a_gap_that_no_new_session_closes_is_an_error() -> None:
+    world = opened()
+    for _ in range(60):
+        world.session.receive(wire.Delivery(seq=3, round_id="a", kind="group", num_bytes=0), NOTHING)
+        world.now += 1.0
+        run(world)
+    assert isinstance(world.session.failure, BridgeError)
+    assert "delivery 1 does not come" in str(world.session.failure)

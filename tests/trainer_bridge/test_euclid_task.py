@@ -88,8 +88,6 @@ def test_lengths_have_a_long_tail() -> None:
     assert sum(longest) / len(longest) > 3 * mean
 
 
-
-
 def test_held_out_problems_are_never_trained_on() -> None:
     held_out = set(islice(task.problems(0, held_out=True), task.NUM_HELD_OUT))
     trained = set(islice(task.problems(0), 99 * 98 - task.NUM_HELD_OUT))

@@ -250,3 +250,16 @@ def test_the_fastest_reader_is_not_far_ahead() -> None:
     for thread in threads:
         thread.join(10)
     assert taken == [30, 30]
+
+
+def test_an_engine_that_needs_the_version_it_says_it_has_gets_it(
+    services: list[ScriptedService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for service in services:
+        service.status = wire.Status(state="idle", weight_version=5)
+    services[1].status = wire.Status(state="needs_weights", weight_version=5)
+    services[1].weights_needed = 5
+    with connect(services) as fleet:
+        for e, client in enumerate(fleet.clients):
+            monkeypatch.setattr(client, "push_weights", lambda named, version, e=e, **_: (e, list(named), version))
+        assert fleet.push_weights([("t", 1)], 5) == [None, (1, [("t", 1)], 5), None]

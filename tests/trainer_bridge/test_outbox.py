@@ -200,6 +200,7 @@ def test_compaction_keeps_everything_that_matters_and_bounds_the_file(
     for i in range(300):
         box.put_round(f"r{i}", [bytes(100)], b"end")
         box.ack(box.last_seq - 1)
+
     def state(box: Outbox) -> tuple[object, ...]:
         return (shown(box), list(box._group_keys), box.epoch, box.last_seq, list(box._taken), box._num_put)
 
@@ -354,7 +355,6 @@ def test_any_history_is_the_same_after_reading_it_again(tmp_path_factory, steps,
             box.ack(min(box.last_seq, number * 2))
         else:
             box._compact_if_large()
-
 
     def state(box: Outbox) -> tuple[object, ...]:
         ids = (list(box._group_keys), list(box._taken), list(box._taken_own))

@@ -104,7 +104,7 @@ def test_the_same_round_again_starts_nothing(client: RawBridgeClient, engine: Fa
 
 
 def test_an_evaluation_runs_beside_a_round_that_carries_over(
-    client: RawBridgeClient, engine: FakeRolloutEngine
+    client: RawBridgeClient, engine: FakeRolloutEngine, service: BridgeService
 ) -> None:
     client.append(PROMPTS)
     engine.may_finish.clear()
@@ -118,6 +118,7 @@ def test_an_evaluation_runs_beside_a_round_that_carries_over(
     groups, _ = client.read_round("eval")
     assert [group.trajectories[0].prompt_token_ids for group in groups] == [[7, 7], [8, 8]]
     assert engine.num_prompts_used == 0
+    assert (list(service._outbox._taken), list(service._outbox._taken_own)) == ([], ["eval"])
 
 
 def test_a_stream_gives_groups_until_it_is_cancelled(client: RawBridgeClient, engine: FakeRolloutEngine) -> None:
@@ -273,6 +274,25 @@ def test_a_round_that_waits_for_room_can_be_cancelled(engine: FakeRolloutEngine)
         client.ask(wire.CancelRound(request_id=0, round_id="q"))
         assert client.wait_for(wire.RoundFailed).code == "cancelled"
         assert len(engine.calls) == 1
+
+
+@pytest.mark.parametrize("why", ["throttled", "queued"])
+def test_a_stream_that_is_cancelled_before_it_begins_ends_with_its_entry(engine: FakeRolloutEngine, why: str) -> None:
+    with BridgeService(engine, config(max_unacked=3), staging=None) as service, raw_client(service.address) as client:
+        client.append(PROMPTS)
+        if why == "queued":
+            engine.may_finish.clear()
+        client.start("r", 2)
+        client.start("s", None, num_groups=4)
+        if why == "throttled":
+            client.wait_for(wire.Heartbeat, lambda beat: beat.status.state == "throttled")
+        assert client.ask(wire.CancelRound(request_id=0, round_id="s")).note == ""
+        engine.may_finish.set()
+        groups, end = client.read_round("s")
+        assert (groups, end.round_id, end.stats.num_complete_groups) == ([], "s", 0)
+        assert not [message for message, _ in client.seen if isinstance(message, wire.RoundFailed)]
+        assert client.start("s", None, num_groups=4).state == "done"
+        assert [name for _, name in engine.calls] == ["r"]
 
 
 def test_a_client_that_does_not_read_costs_bounded_memory_and_loses_nothing() -> None:
@@ -518,6 +538,24 @@ def test_too_many_rounds_are_refused(client: RawBridgeClient, engine: FakeRollou
     engine.may_finish.set()
 
 
+def test_prompts_of_evaluations_that_wait_have_a_bound(engine: FakeRolloutEngine) -> None:
+    prompts = [[1] * 200] * 2
+    limit = 250 + 2 * len(wire.encode_payload([Prompt(token_ids=ids, group_id="0") for ids in prompts]))
+    settings = config(max_prompt_bytes=limit)
+    with BridgeService(engine, settings, staging=None) as service, raw_client(service.address) as client:
+        engine.may_finish.clear()
+        assert client.start("a", None, prompts=prompts).state == "started"
+        assert client.start("b", None, prompts=prompts).state == "queued"
+        refused = client.start("c", None, prompts=prompts)
+        assert (refused.code, refused.field) == ("full", "prompts")
+        assert client.start("b", None, prompts=prompts).state == "queued"  # is not counted twice
+        engine.may_finish.set()
+        client.read_round("b")
+        assert client.start("c", None, prompts=prompts).state == "started"
+        groups, _ = client.read_round("c")
+        assert [group.trajectories[0].prompt_token_ids for group in groups] == prompts
+
+
 def test_replays_and_reordered_messages_do_what_they_do_once(client: RawBridgeClient) -> None:
     payload = wire.encode_payload([Prompt(token_ids=ids) for ids in PROMPTS[:4]])
     append = wire.AppendPrompts(request_id=1, first=0, group_size=2, num_bytes=len(payload))
@@ -649,6 +687,38 @@ def test_the_last_group_of_a_stream_is_not_delivered_twice(tmp_path: Path, what:
         assert names == [str(i) for i in range(len(names))]
 
 
+def test_a_group_that_is_begun_anew_after_a_crash_is_known_when_others_come_first(tmp_path: Path) -> None:
+    """It is in the outbox and not taken; the engine has newer weights then, under which it begins such groups anew."""
+    memory = FakeMemory()
+    with (
+        BridgeService(FakeRolloutEngine(memory), config(state=tmp_path, max_unacked=3), staging=None) as service,
+        raw_client(service.address) as client,
+    ):
+        client.append(PROMPTS)
+        client.start("s", None, num_groups=2)
+        wait_until(lambda: service.status().state == "throttled")
+        given = memory.given
+    assert given is not None
+    members = [
+        msgspec.structs.replace(member, trajectory_id=member.trajectory_id.replace(".0/", ".1/"))
+        for member in given.trajectories
+    ]
+    with (
+        BridgeService(FakeRolloutEngine(memory), config(state=tmp_path), staging=None) as service,
+        raw_client(service.address, instance="again") as client,
+    ):
+        client.start("s2", None, num_groups=2)
+        wait_until(lambda: bool(client.receive(0.1)) and len(client.groups("s2")) >= 3)
+        client.ask(wire.CancelRound(request_id=0, round_id="s2"))
+        client.read_round("s2")
+        memory.given = msgspec.structs.replace(given, trajectories=members)
+        client.start("r", 3)
+        groups, _ = client.read_round("r")
+        assert len(groups) == 2
+        names = [group.group_id for group in client.groups()]
+        assert names == [str(i) for i in range(len(names))]
+
+
 def test_a_full_disk_holds_the_round_until_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: FakeRolloutEngine
 ) -> None:
@@ -682,18 +752,63 @@ def test_a_full_disk_holds_the_round_until_there_is_room(
 def test_a_disk_that_stays_full_ends_the_service_with_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: FakeRolloutEngine
 ) -> None:
+    """And the engine does not hear of another round, or it would forget what could not be kept of the last one."""
+
     def full(self: Journal, payloads: list[bytes]) -> None:
         raise JournalError(self.path, "No space left on device")
 
+    memory = engine.memory
     with BridgeService(engine, config(state=tmp_path), staging=None) as service, raw_client(service.address) as client:
         client.append(PROMPTS)
         service._rounds._store_patience_s = 0.2
-        monkeypatch.setattr(Journal, "append", full)
+        engine.may_finish.clear()
         client.start("r", 2)
-        failed = client.wait_for(wire.RoundFailed)
-        assert (failed.round_id, failed.code) == ("r", "full")
+        client.start("next", 2)
+        monkeypatch.setattr(Journal, "append", full)
+        engine.may_finish.set()
         wait_until(lambda: service.failure is not None)
+        wait_until(lambda: service._rounds.num_jobs == 0)
         monkeypatch.undo()
+        assert client.start("later", 2).code == "session"
+        client.pump(0.2)
+        assert not [message for message, _ in client.seen if isinstance(message, (wire.RoundFailed, wire.Delivery))]
+        assert memory.started == ["r"]
+    with (
+        BridgeService(FakeRolloutEngine(memory), config(state=tmp_path), staging=None) as service,
+        raw_client(service.address, instance="again") as client,
+    ):
+        client.start("next", 2)
+        groups, _ = client.read_round("r")
+        assert [group.group_id for group in groups] == ["0", "1"]
+        client.read_round("next")
+
+
+@pytest.mark.parametrize("name", ["prompts.journal", "deliveries.journal"])
+def test_a_journal_that_takes_nothing_more_ends_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: FakeRolloutEngine, name: str
+) -> None:
+    """After an answer; not as `full`, of which the client would wait for the end."""
+    fdatasync = os.fdatasync
+
+    def failing(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(name):
+            raise OSError(5, "Input/output error")
+        fdatasync(descriptor)
+
+    with BridgeService(engine, config(state=tmp_path), staging=None) as service, raw_client(service.address) as client:
+        client.append(PROMPTS[:4])
+        client.start("r", 2)
+        client.read_round("r")
+        monkeypatch.setattr(os, "fdatasync", failing)
+
+        def ask() -> Any:
+            return client.append(PROMPTS[:20]) if name.startswith("prompts") else client.ack(2)
+
+        assert "could not be synced" in ask().message
+        monkeypatch.undo()
+        if service.failure is None:
+            assert "takes nothing more" in ask().message
+        wait_until(lambda: isinstance(service.failure, JournalError))
 
 
 def test_a_state_folder_that_does_not_fit_the_engine_is_refused(tmp_path: Path) -> None:

@@ -253,6 +253,18 @@ def test_a_push_that_is_aborted_while_it_is_prepared(bridge: Bridge) -> None:
     assert isinstance(bridge.push("next"), wire.WeightsApplied)
 
 
+def test_a_commit_before_the_push_is_ready_is_refused_and_ends_it(bridge: Bridge) -> None:
+    bridge.staging.may_prepare.clear()
+    bridge.client.send(wire.BeginWeights(request_id=500, push_id="p", version=1))
+    bridge.client.send(wire.CommitWeights(request_id=501, push_id="p", num_tensors=0, digest="d"))
+    refused = bridge.client.wait_for(wire.Refused)
+    assert (refused.reply_to, refused.push_id, refused.code) == (501, "p", "gap")
+    bridge.staging.may_prepare.set()
+    refused = bridge.client.wait_for(wire.Refused)
+    assert (refused.reply_to, refused.push_id, refused.code) == (500, "p", "gap")
+    assert isinstance(bridge.push("next"), wire.WeightsApplied)
+
+
 def test_a_begin_that_is_repeated_while_it_is_prepared(bridge: Bridge) -> None:
     bridge.staging.may_prepare.clear()
     bridge.client.send(wire.BeginWeights(request_id=500, push_id="p", version=1))
@@ -281,6 +293,46 @@ def test_vllms_own_transfer_is_stepped(bridge: Bridge) -> None:
     assert isinstance(bridge.client.ask(wire.ControlWeights(request_id=0, op="finish", version=4)), wire.Done)
     assert (bridge.service.status().state, bridge.service.status().weight_version) == ("idle", 4)
     assert [info["op"] for info, _ in bridge.engine.updates] == ["init", "start", "update", "finish"]
+
+
+@pytest.mark.parametrize("when", ["after start", "during start"])
+@pytest.mark.parametrize("how", ["goodbye", "takeover", "gone"])
+def test_a_transfer_that_nobody_can_finish_ends_the_service(bridge: Bridge, how: str, when: str) -> None:
+    control, may_start = bridge.engine.control_weights, threading.Event()
+
+    def slow(op: str, info: dict[str, Any], version: int | None = None) -> None:
+        assert may_start.wait(20)
+        control(op, info, version)
+
+    bridge.engine.control_weights = slow  # type: ignore[method-assign, assignment]
+    bridge.client.send(wire.ControlWeights(request_id=500, op="start"))
+    if when == "after start":
+        may_start.set()
+        bridge.client.wait_for(wire.Done)
+    if how == "goodbye":
+        bridge.client.ask(wire.Goodbye(request_id=0))
+    elif how == "takeover":
+        bridge.client.hello(instance="new")
+    else:
+        bridge.client.wait_for(wire.Heartbeat)  # the step was taken
+        bridge.client.close()
+        wait_until(lambda: bridge.service._reception.session.sender == b"")  # type: ignore[union-attr]
+    assert when == "after start" or bridge.service.failure is None
+    may_start.set()
+    wait_until(lambda: bridge.service.failure is not None)
+    assert "between start and finish" in str(bridge.service.failure)
+
+
+def test_a_transfer_that_was_finished_can_be_left(bridge: Bridge) -> None:
+    for op in ("init", "start", "update", "finish"):
+        assert isinstance(bridge.client.ask(wire.ControlWeights(request_id=0, op=op, version=4)), wire.Done)
+    bridge.client.ask(wire.Goodbye(request_id=0))
+    assert isinstance(bridge.client.hello(), wire.Welcome)
+    bridge.client.ask(wire.ControlWeights(request_id=0, op="start"))
+    bridge.engine.die()
+    bridge.client.ask(wire.Goodbye(request_id=0))
+    bridge.client.hello()
+    assert bridge.service.failure is None  # a dead engine is not paused
 
 
 def test_the_weights_that_are_needed_may_have_the_version_that_the_engine_says_it_has() -> None:
