@@ -24,8 +24,7 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 
-DEMO_ARGS ?= --task letter_counting --group-size 4 --target-groups 6 --over-provision 2 --temperature 1 --top-p 0.95 \
-    --max-tokens 512 --max-num-seqs 32 --seed 0 --out runs/demo.jsonl --report report.html --overwrite
+DEMO_ARGS ?=
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 SOAK_ARGS ?=
@@ -38,9 +37,8 @@ help: ## list the targets
 
 setup: $(STAMP) ## install everything that is locked, and longtail itself, into .venv
 
-demo: setup ## real rollouts: build the SmolLM2 checkpoint, generate groups until the round is cut
-	@$(BIN)/longtail model smollm2
-	$(BIN)/longtail rollout $(DEMO_ARGS)
+demo: setup ## a whole training run: an engine and a trainer as two processes, a live table, a report
+	@$(BIN)/longtail train-demo $(DEMO_ARGS)
 
 test: setup ## run the tests (PYTEST_ARGS="-k name" picks some)
 	@$(BIN)/pytest --durations=15 $(PYTEST_ARGS)

@@ -273,7 +273,8 @@ class BridgeCalls:
             is_accepted = True
         finally:
             if not is_accepted:
-                reader.close(cancel=False)
+                # Nobody could take up an evaluation, whose name nobody knows.
+                reader.close(cancel=isinstance(reader, RoundReader) and reader.is_evaluation)
 
     def _catch_up(self) -> Call[None]:
         """Let what an earlier process left behind come in."""
