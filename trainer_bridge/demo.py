@@ -57,12 +57,12 @@ class DemoSettings:
     """
 
     task: str = demo_task.EUCLID
-    steps: int = 40
-    target_groups: int = 16
+    steps: int = 60
+    target_groups: int = 8
     group_size: int = 8
     over_provision: float = 2.0
     learning_rate: float | None = None
-    evaluate_every: int = 5
+    evaluate_every: int = 10
     num_evaluated: int = 256
     warm_up_updates: int | None = None
     seed: int = 0
@@ -164,7 +164,7 @@ def _train(
         GrpoConfig(sampling=task.sampling),
         TrainerConfig(
             learning_rate=settings.learning_rate or task.learning_rate, warmup_updates=6, max_grad_norm=0.2,
-            num_minibatches=2, micro_batch_tokens=8192, seed=settings.seed,
+            micro_batch_tokens=8192, seed=settings.seed,
         ),
     )  # fmt: skip
     config = LoopConfig(

@@ -40,7 +40,7 @@ class LoopConfig:
     """
 
     group_size: int = 8
-    target_groups: int = 16
+    target_groups: int = 8
     over_provision: float = 2.0
     sampling: SamplingConfig = SamplingConfig()
 

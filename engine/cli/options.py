@@ -213,12 +213,12 @@ class DemoOptions(OptionGroup):
     task: Annotated[
         str | None, "euclid, or a reasoning-gym task for SmolLM2-135M (slow on few cores). Default: euclid."
     ] = None
-    steps: Annotated[int | None, "Optimiser steps. Default: 40."] = None
-    target_groups: Annotated[int | None, "Groups of a step. Default: 16."] = None
+    steps: Annotated[int | None, "Optimiser steps. Default: 60."] = None
+    target_groups: Annotated[int | None, "Groups of a step. Default: 8."] = None
     group_size: Annotated[int | None, "Samples of each prompt. Default: 8."] = None
     over_provision: Annotated[float | None, "Groups in flight for each of a step; 1 waits for all. Default: 2."] = None
     learning_rate: Annotated[float | None, "Of AdamW. Default: the task's."] = None
-    evaluate_every: Annotated[int | None, "Steps between two evaluations on held-out prompts. Default: 5."] = None
+    evaluate_every: Annotated[int | None, "Steps between two evaluations on held-out prompts. Default: 10."] = None
     num_evaluated: Annotated[int | None, "Held-out prompts of an evaluation. Default: 256."] = None
     warm_up_updates: Annotated[int | None, "Of euclid's base model, if it has to be made. Default: 700."] = None
     seed: Annotated[int | None, "Of the prompts and of the engine's sampling. Default: 0."] = None

@@ -37,7 +37,9 @@ MIB = 1 << 20
 NUM_PROMPTS = 10_000_000
 BROKEN_SHARE = 0.2
 #: Memory may wander by this much between two thirds of the time: a frame of 64 MiB comes and goes.
-MEMORY_SLACK = {"service": 32 * MIB, "core": 32 * MIB}
+MEMORY_SLACK = 32 * MIB
+#: Until an engine core's allocator has all that a loop needs; it goes slower and slower.
+WARM_UP_MINUTES, WARM_UP_SLACK = 10.0, 96 * MIB
 STATE_SLACK = 16 * MIB
 
 
@@ -98,11 +100,11 @@ class Soak:
             for name in Sample.__dataclass_fields__
         }
 
-    def check(self) -> dict[str, float]:
-        """Raises if something grows, or if the loop stood still."""
+    def check(self, minutes: float) -> dict[str, float]:
+        """Raises if something grew in so many minutes, or if the loop stood still."""
         growth = self.growth()
-        assert growth["service"] < MEMORY_SLACK["service"], growth
-        assert growth["core"] < MEMORY_SLACK["core"], growth
+        assert growth["service"] < MEMORY_SLACK, growth
+        assert growth["core"] < (WARM_UP_SLACK if minutes < WARM_UP_MINUTES else MEMORY_SLACK), growth
         assert growth["state_bytes"] < STATE_SLACK, growth
         for name in ("descriptors", "threads", "connections"):
             assert growth[name] <= 2, growth
@@ -161,7 +163,7 @@ def run_soak(folder: Path, minutes: float, seed: int) -> tuple[int, dict[str, fl
     soak = Soak(folder, seed)
     try:
         soak.run(minutes)
-        return soak.step, soak.check()
+        return soak.step, soak.check(minutes)
     finally:
         soak.close()
 

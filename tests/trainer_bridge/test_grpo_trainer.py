@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 import random
@@ -199,6 +200,7 @@ def test_more_minibatches_than_trajectories() -> None:
 
 
 def test_nothing_to_train_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="longtail")
     trainer = GrpoTrainer(TinyTransformer(SIZE), GrpoConfig(max_staleness=1))
     before = parameters(trainer.model)
     stats = trainer.step(random_groups(4), 9)

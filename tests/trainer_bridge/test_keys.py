@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -144,6 +145,7 @@ def test_a_wrong_setting_is_named(field: str, value: object) -> None:
 
 
 def test_no_auth_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="longtail")
     config = BridgeConfig(address="tcp://0.0.0.0:0", insecure_no_auth=True, heartbeat_s=0.1)
     with BridgeService(FakeRolloutEngine(), config, staging=None):
         pass

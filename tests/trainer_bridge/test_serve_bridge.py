@@ -230,6 +230,8 @@ def test_a_service_from_start_to_end(process: ServiceProcess, tmp_path: Path, ti
         first = client.trajectory_ids()
         assert isinstance(client.push("p", 3, tensors_of(tiny_model)), wire.WeightsApplied)
         client.start("s", None, num_groups=4, sampling=LONG)
+        client.wait_for(wire.Heartbeat, lambda beat: beat.status.num_running == 8)
+        time.sleep(0.3)
         client.ask(wire.CancelRound(request_id=0, round_id="s"))  # members are cut, with tokens of version 3
         client.read_round("s")
         client.start("r1", 4, sampling=LONG)
