@@ -38,7 +38,8 @@ class Curve:
     def points(self) -> list[tuple[float, float]]:
         """Wall time and smoothed reward of each evaluation."""
         rewards = [evaluation.reward for evaluation in self.evaluations]
-        smooth = [fmean(rewards[max(0, i - 1) : i + 2]) for i in range(len(rewards))]
+        inner = [fmean(rewards[i - 1 : i + 2]) for i in range(1, len(rewards) - 1)]
+        smooth = [*rewards[:1], *inner, *rewards[1:][-1:]]
         wall_s = self.wall_s
         return [(wall_s[e.step], reward) for e, reward in zip(self.evaluations, smooth, strict=True)]
 

@@ -43,7 +43,7 @@ def draw(path: Path, curves: list[Curve], figures: dict[str, Any]) -> None:
         by_step.set_title("What a step teaches", loc="left", size=11.5, weight="bold")
         by_time.set_title("What a second teaches", loc="left", size=11.5, weight="bold")
         speedup = figures["time_to_reward_speedup"]
-        gain = "" if speedup is None else f", and is there {speedup:.2f} times sooner"
+        gain = "" if speedup is None else f", which get there {speedup:.2f} times sooner"
         figure.text(0.055, 0.935, "Learning from partial rollouts", size=16, weight="bold")
         figure.text(
             0.055, 0.885,

@@ -49,7 +49,7 @@ class DemoSettings:
         evaluate_every: steps between two evaluations, on `num_evaluated` held-out prompts.
         warm_up_updates: of euclid's base model, where the usual ones are too many.
         seed: of the prompts and of the engine's sampling.
-        threads: of the trainer; torch's choice by default.
+        threads: of the trainer; by default 1 for euclid, whose model is tiny, else torch's choice.
 
     Raises:
         InvalidInputError: a number is too small.
@@ -90,8 +90,9 @@ def run_demo(settings: DemoSettings, out: Path, report: Path, console: Console) 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    threads = settings.threads or (1 if settings.task == demo_task.EUCLID else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch.manual_seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
     with signals_raise():

@@ -222,7 +222,7 @@ class DemoOptions(OptionGroup):
     num_evaluated: Annotated[int | None, "Held-out prompts of an evaluation. Default: 256."] = None
     warm_up_updates: Annotated[int | None, "Of euclid's base model, if it has to be made. Default: 700."] = None
     seed: Annotated[int | None, "Of the prompts and of the engine's sampling. Default: 0."] = None
-    threads: Annotated[int | None, "Of the trainer. Default: torch's choice."] = None
+    threads: Annotated[int | None, "Of the trainer. Default: 1 for euclid, else torch's choice."] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,12 +32,14 @@ LINE = [0.1 * i for i in range(9)]
 
 def test_a_straight_curve_is_reached_where_it_is() -> None:
     curve = a_curve("sync", 0, LINE, step_s=3.0)
-    # Smoothing leaves the inside of a line as it is, and pulls its ends in by half of a step of 0.1.
-    assert [reward for _, reward in curve.points] == pytest.approx([0.05, *LINE[1:-1], 0.75])
+    assert [reward for _, reward in curve.points] == pytest.approx(LINE)
     assert curve.final_reward == pytest.approx(0.7)
     assert curve.time_to(0.35) == pytest.approx(3.5 * 2 * 3.0)
-    assert curve.time_to(0.01) == 0.0
-    assert curve.time_to(0.76) is None
+    assert curve.time_to(0.0) == 0.0
+    assert curve.time_to(0.01) == pytest.approx(0.1 * 2 * 3.0)
+    assert curve.time_to(0.81) is None
+    bumpy = a_curve("sync", 0, [0.0, 0.3, 0.0, 0.3, 0.6], step_s=3.0)
+    assert [reward for _, reward in bumpy.points] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.6])
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 4.0])
