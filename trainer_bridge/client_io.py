@@ -67,7 +67,7 @@ class ClientIO:
             raise InvalidInputError("address", "tcp://HOST:PORT of a service", address)
         self.address = address
         self.session = session
-        self.lock = threading.RLock()
+        self._lock = threading.RLock()
         self._pid = os.getpid()
         self._is_closing = False
         self._is_connected = False
@@ -85,15 +85,25 @@ class ClientIO:
         self._thread = threading.Thread(target=self._run, name="longtail-bridge-client", daemon=True)
         self._thread.start()
 
-    def check(self) -> None:
-        """Raise what ended the session for good, if anything has.
+    @property
+    def lock(self) -> threading.RLock:
+        """Of the session. A child of the process has a copy that may be locked for ever, and gets an error instead.
 
         Raises:
-            BridgeError: it was closed, taken over, refused, or is another process's.
+            BridgeClosedError: the client is another process's.
 
         """
         if os.getpid() != self._pid:
             raise BridgeClosedError(self.address, "the client belongs to the process that made it; connect again here")
+        return self._lock
+
+    def check(self) -> None:
+        """Raise what ended the session for good, if anything has. Under `lock`.
+
+        Raises:
+            BridgeError: it was closed, taken over or refused.
+
+        """
         if self.session.failure is not None:
             raise self.session.failure.with_traceback(None)
 
@@ -101,7 +111,7 @@ class ClientIO:
         """Send a request, which gets a fresh id; the future has its reply.
 
         Raises:
-            BridgeError: see `check`.
+            BridgeError: see `lock` and `check`.
             InvalidInputError: it can't be sent, because it is too large, or has values that no message can have.
 
         """

@@ -127,8 +127,7 @@ class ServiceProcess(Process):
         return max(sizes, key=lambda pair: pair[0])[1] if sizes else None
 
 
-def trainer_process(address: str, model: Path, folder: Path, num_prompts: int, broken_share: float = 0.0) -> Process:
+def trainer_process(address: str, model: Path, folder: Path, broken_share: float = 0.0) -> Process:
     script = Path(__file__).with_name("chaos_trainer.py")
-    return Process(
-        [sys.executable, str(script), address, str(folder), str(model), str(num_prompts)], folder / "trainer.log"
-    )
+    command = [sys.executable, str(script), address, str(folder), str(model), str(broken_share)]
+    return Process(command, folder / "trainer.log")

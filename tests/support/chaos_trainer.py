@@ -1,4 +1,4 @@
-"""A trainer that may be killed at any moment: `python chaos_trainer.py ADDRESS FOLDER MODEL NUM_PROMPTS [SHARE]`.
+"""A trainer that may be killed at any moment: `python chaos_trainer.py ADDRESS FOLDER MODEL [SHARE]`.
 
 It learns nothing, but does what a trainer must: takes rounds, checks that no group comes twice, makes its next weights
 from what it has trained, writes a checkpoint, acknowledges, pushes. Weights of version v are those of the checkpoint
@@ -7,6 +7,8 @@ plus noise that v seeds, so that anybody can say what their digest is. Everythin
     trainer.json    the checkpoint: step, version, cursor, and the prompts that were trained: all below one, and others
     pushed.jsonl    one line for each push that was applied: version and digest
     done            there are no more prompts, and all were trained
+
+How many prompts there are is in `prompts.json`, see `offer_prompts`; it may grow until it says that these are all.
 
 With a SHARE, so many of its pushes break off in the middle, or lie; it goes on after each.
 """
@@ -83,6 +85,11 @@ def broken(tensors: Iterator[tuple[str, np.ndarray[Any, Any]]], rng: random.Rand
         yield name, data
 
 
+def offer_prompts(folder: Path, num_prompts: int, *, is_all: bool) -> None:
+    """Let the trainer of this folder train so many prompts; `is_all` ends it after them."""
+    _write(folder / "prompts.json", {"num_prompts": num_prompts, "is_all": is_all})
+
+
 class PushBroke(Exception):
     """On purpose."""
 
@@ -90,13 +97,12 @@ class PushBroke(Exception):
 class Trainer:
     """See the module."""
 
-    def __init__(self, address: str, folder: Path, model: Path, num_prompts: int, broken_share: float = 0.0) -> None:
+    def __init__(self, address: str, folder: Path, model: Path, broken_share: float = 0.0) -> None:
         self.address = address
         self.broken_share = broken_share
         self.rng = random.Random()
         self.folder = folder
         self.model = model
-        self.prompts = Prompts(num_prompts)
         self.path = folder / "trainer.json"
         self.state: dict[str, Any] = {"step": 0, "version": 0, "cursor": None, "below": 0, "others": []}
         if self.path.exists():
@@ -117,10 +123,16 @@ class Trainer:
                 time.sleep(0.2)
 
     def _train(self, client: BridgeClient) -> None:
-        while self.state["below"] < len(self.prompts):
+        while True:
             self._bring_up_to_date(client)
+            offered = json.loads((self.folder / "prompts.json").read_text())
+            if self.state["below"] == offered["num_prompts"]:
+                if offered["is_all"]:
+                    break
+                time.sleep(0.01)
+                continue
             round_ = client.rollout(
-                self.prompts, group_size=GROUP_SIZE, target_groups=TARGET_GROUPS, over_provision=2.0, sampling=SAMPLING,
+                Prompts(offered["num_prompts"]), group_size=GROUP_SIZE, target_groups=TARGET_GROUPS, over_provision=2.0, sampling=SAMPLING,
                 round_id=f"step-{self.state['step']}",
             )  # fmt: skip
             below, others = self.state["below"], set(self.state["others"])
@@ -144,9 +156,8 @@ class Trainer:
                 "below": below,
                 "others": sorted(others),
             }
-            self._save()
+            _write(self.path, self.state)
             client.ack()
-        self._bring_up_to_date(client)
         checksum_ = client.checksum()
         assert checksum_.digest == digest(self.model, self.state["version"]), "the model has other weights"
         (self.folder / "done").write_text(checksum_.digest)
@@ -166,15 +177,17 @@ class Trainer:
         with (self.folder / "pushed.jsonl").open("a") as file:
             file.write(json.dumps({"version": version, "digest": client.checksum().digest}) + "\n")
 
-    def _save(self) -> None:
-        new = self.path.with_suffix(".new")
-        with new.open("w") as file:
-            json.dump(self.state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(self.path)
+
+def _write(path: Path, value: Any) -> None:
+    """Whole, or not at all."""
+    new = path.with_suffix(".new")
+    with new.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.rename(path)
 
 
 if __name__ == "__main__":
-    address, folder, model, num_prompts, *share = sys.argv[1:]
-    Trainer(address, Path(folder), Path(model), int(num_prompts), *map(float, share)).run()
+    address, folder, model, *share = sys.argv[1:]
+    Trainer(address, Path(folder), Path(model), *map(float, share)).run()

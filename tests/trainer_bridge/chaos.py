@@ -17,16 +17,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from bridge_processes import Process, ServiceProcess, trainer_process
-from chaos_trainer import digest
+from chaos_trainer import digest, offer_prompts
 from tiny_model import write_tiny_model
 
 TARGETS = ("trainer", "core", "service")
 GIVE_UP_S = 900.0
-PROMPTS_PER_KILL = 30
+#: Prompts that the trainer has before it; so many are trained after the last kill.
+NUM_AHEAD = 60
 
 
 class Chaos:
@@ -37,16 +39,17 @@ class Chaos:
 
     """
 
-    def __init__(self, folder: Path, model: Path, seed: int, num_prompts: int) -> None:
+    def __init__(self, folder: Path, model: Path, seed: int) -> None:
         self.folder = folder
         self.model = model
-        self.num_prompts = num_prompts
+        self.num_prompts = NUM_AHEAD
         self.kills = dict.fromkeys(TARGETS, 0)
         self._rng = random.Random(seed)
         self.service = ServiceProcess(model, folder, ("--kv-policy", "fresh"))
         self.service.start()
         self.service.wait_ready()
-        self.trainer: Process = trainer_process(self.service.address, model, folder, num_prompts)
+        offer_prompts(folder, self.num_prompts, is_all=False)
+        self.trainer: Process = trainer_process(self.service.address, model, folder)
         self.trainer.start()
 
     @property
@@ -81,13 +84,11 @@ class Chaos:
     def run(self, targets: list[str]) -> None:
         """Kill in this order at random moments while there is work, then let it end."""
         for number, target in enumerate(targets):
-            time.sleep(self._rng.uniform(0.0, 3.0))
-            if self.is_done:
-                raise AssertionError(f"all prompts were trained before kill {number}: too few prompts")
+            self._work_for(self._rng.uniform(0.0, 3.0))
             self.kill(target)
             self.keep_alive()
-            step = json.loads((self.folder / "trainer.json").read_text())["step"] if self._has_checkpoint else 0
-            print(f"kill {number + 1} of {len(targets)}: {target}, at step {step}", flush=True)
+            print(f"kill {number + 1} of {len(targets)}: {target}, at step {self.state['step']}", flush=True)
+        offer_prompts(self.folder, self.num_prompts, is_all=True)
         deadline = time.monotonic() + GIVE_UP_S
         while not self.is_done:
             self.keep_alive()
@@ -98,13 +99,24 @@ class Chaos:
         while self.trainer.is_running and time.monotonic() < deadline:
             time.sleep(0.05)
 
+    def _work_for(self, seconds: float) -> None:
+        """Let the loop run; it does not run out of prompts."""
+        until = time.monotonic() + seconds
+        while (left_s := until - time.monotonic()) > 0:
+            if self.state["below"] + NUM_AHEAD > self.num_prompts:
+                self.num_prompts += NUM_AHEAD
+                offer_prompts(self.folder, self.num_prompts, is_all=False)
+            time.sleep(min(0.02, left_s))
+
     @property
-    def _has_checkpoint(self) -> bool:
-        return (self.folder / "trainer.json").exists()
+    def state(self) -> dict[str, Any]:
+        """The trainer's checkpoint."""
+        path = self.folder / "trainer.json"
+        return json.loads(path.read_text()) if path.exists() else {"step": 0, "below": 0}
 
     def check(self) -> dict[str, int]:
         """The books; raises where they are wrong."""
-        state = json.loads((self.folder / "trainer.json").read_text())
+        state = self.state
         assert state["below"] == self.num_prompts
         assert not state["others"]
         pushed = [json.loads(line) for line in (self.folder / "pushed.jsonl").read_text().splitlines()]
@@ -124,7 +136,7 @@ def run_chaos(folder: Path, kills_each: int, seed: int) -> dict[str, int]:
     targets = [target for target in TARGETS for _ in range(kills_each)]
     rng.shuffle(targets)
     model = write_tiny_model(folder / "model")
-    chaos = Chaos(folder, model, seed, PROMPTS_PER_KILL * len(targets))
+    chaos = Chaos(folder, model, seed)
     try:
         chaos.run(targets)
         return chaos.check()

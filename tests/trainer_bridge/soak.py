@@ -28,6 +28,7 @@ import zmq
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from bridge_processes import ServiceProcess, trainer_process
+from chaos_trainer import offer_prompts
 from tiny_model import write_tiny_model
 from wire_examples import TO_SERVICE
 
@@ -64,7 +65,8 @@ class Soak:
         self.service = ServiceProcess(model, folder, ("--heartbeat-s", "0.5"))
         self.service.start()
         self.service.wait_ready()
-        self.trainer = trainer_process(self.service.address, model, folder, NUM_PROMPTS, BROKEN_SHARE)
+        offer_prompts(folder, NUM_PROMPTS, is_all=False)
+        self.trainer = trainer_process(self.service.address, model, folder, BROKEN_SHARE)
         self.trainer.start()
         self.samples: list[Sample] = []
         self._rng = random.Random(seed)

@@ -597,13 +597,25 @@ def test_a_closed_client_says_so(service: ScriptedService) -> None:
 
 def test_a_client_is_not_for_the_children_of_its_process(service: ScriptedService) -> None:
     with connect(service) as client:
-        child = os.fork()
+        held, let_go = threading.Event(), threading.Event()
+
+        def hold_lock() -> None:
+            with client._calls.io.lock:
+                held.set()
+                let_go.wait()
+
+        holder, _ = in_thread(hold_lock)
+        held.wait()
+        child = os.fork()  # with the lock of a thread that the child does not have
         if child == 0:
             try:
                 client.ask_status()
             except BridgeClosedError:
                 os._exit(7)
             os._exit(1)
+        let_go.set()
+        holder.join()
+        until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         assert client.ask_status().state == "idle"
 
