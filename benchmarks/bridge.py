@@ -21,9 +21,7 @@ multiples of the model's bytes), medians and ranges.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -46,9 +44,9 @@ from longtail.engine.models import resolve_model
 from longtail.engine.prompts import Prompt
 from longtail.engine.weight_manifest import stored_tensors
 from longtail.trainer_bridge import BridgeClient
-from longtail.trainer_bridge.push import PushReport
+from longtail.trainer_bridge.demo.engine_process import EngineProcess
+from longtail.trainer_bridge.weights.push import PushReport
 
-READY_PREFIX = "LONGTAIL_BRIDGE "
 CHANGED_SHARE = 0.01
 HERE = Path(__file__).parent
 
@@ -78,7 +76,12 @@ def _measure_pushes(num_rounds: int) -> dict[str, Any]:
     source, target = np.ones(num_bytes, np.uint8), np.ones(num_bytes, np.uint8)
     reports: dict[str, list[PushReport]] = {}
     ratios: dict[str, list[float]] = {}
-    with _service(model) as pid, BridgeClient(pid["address"]) as client, _peaks(pid["pid"]) as peaks:
+    with (
+        TemporaryDirectory() as folder,
+        _service(model, folder) as service,
+        BridgeClient(service.address) as client,
+        _peaks(service.pid) as peaks,
+    ):
         trainer = Trainer(client, weights)
         peaks.begin()
         for _ in range(num_rounds):
@@ -166,21 +169,11 @@ def _transfer_s(report: PushReport) -> float:
     return report.seconds["total"] - report.pause_s
 
 
-@contextmanager
-def _service(model: Path) -> Iterator[dict[str, Any]]:
-    command = [
-        sys.executable, "-m", "longtail.engine.cli", "serve", "--bridge", "tcp://127.0.0.1:0", "--model", str(model),
+def _service(model: Path, folder: str) -> EngineProcess:
+    options = (
         "--block-size", "32", "--max-model-len", "512", "--max-num-seqs", "32", "--kv-cache-gib", "0.5",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=bench_io.unset_environ())
-    try:
-        assert process.stdout is not None
-        line = next((line for line in process.stdout if line.startswith(READY_PREFIX)), None)
-        assert line is not None, "the service did not start"
-        yield json.loads(line.removeprefix(READY_PREFIX))
-    finally:
-        process.terminate()
-        process.wait(60)
+    )  # fmt: skip
+    return EngineProcess(str(model), options, Path(folder) / "service.log")
 
 
 class Peaks:

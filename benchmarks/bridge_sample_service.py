@@ -17,8 +17,8 @@ from longtail.engine.carry_config import CarryConfig
 from longtail.engine.config import EngineConfig
 from longtail.engine.prompts import PromptLimits
 from longtail.engine.trajectory import Round
-from longtail.trainer_bridge.config import BridgeConfig
-from longtail.trainer_bridge.service import BridgeService
+from longtail.trainer_bridge.service.config import BridgeConfig
+from longtail.trainer_bridge.service.service import BridgeService
 
 
 class SampleRound:

@@ -1,6 +1,6 @@
 """Does training on partial rollouts learn as well as waiting for every answer, and how much sooner?
 
-A small model learns Euclid's algorithm (`longtail.trainer_bridge.euclid_task`) by GRPO from rewards of 0 and 1. Its
+A small model learns Euclid's algorithm (`trainer_bridge/demo/euclid_task.py`) by GRPO from rewards of 0 and 1. Its
 answers have long-tailed lengths: half take at most 60 tokens, one in a hundred more than 350. An engine
 (`longtail serve --bridge`) and the trainer are processes of their own and talk over the bridge. The arms differ in one
 thing, and both train on the same number of complete groups a step:
@@ -54,10 +54,11 @@ import torch
 from learning_curves import ARMS, Curve, figures_of, plain
 
 from longtail.engine import SamplingConfig, Trajectory
-from longtail.trainer_bridge import BridgeClient, euclid_task
-from longtail.trainer_bridge.demo_engine import EngineProcess
-from longtail.trainer_bridge.demo_loop import LoopConfig, TrainingLoop
-from longtail.trainer_bridge.euclid_model import LEARNING_RATE, MAX_MODEL_LEN, NUM_UPDATES, base_model, load_model
+from longtail.trainer_bridge import BridgeClient
+from longtail.trainer_bridge.demo import euclid_task
+from longtail.trainer_bridge.demo.engine_process import EngineProcess
+from longtail.trainer_bridge.demo.euclid_model import LEARNING_RATE, MAX_MODEL_LEN, NUM_UPDATES, base_model, load_model
+from longtail.trainer_bridge.demo.loop import LoopConfig, TrainingLoop
 from longtail.trainer_bridge.grpo_config import GrpoConfig, TrainerConfig
 from longtail.trainer_bridge.grpo_trainer import GrpoTrainer
 

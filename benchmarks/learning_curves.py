@@ -9,7 +9,7 @@ from typing import Any
 import bench_io
 import msgspec
 
-from longtail.trainer_bridge.demo_loop import Evaluation, StepRecord
+from longtail.trainer_bridge.demo.loop import Evaluation, StepRecord
 
 #: Over-provision by arm.
 ARMS = {"sync": 1.0, "partial": 2.0}

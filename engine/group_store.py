@@ -11,7 +11,6 @@ its method returns.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -26,13 +25,8 @@ from longtail.engine.journal import Journal, JournalError
 from longtail.engine.trajectory import Round, Trajectory
 
 _FLUSH_INTERVAL_S = 1.0
-#: Below this a journal is not worth compacting.
-_MIN_COMPACT_BYTES = 1 << 22
-_GROWTH = 3
 #: More than this does not go into one frame of the journal, unless a single record is larger.
 _MAX_FRAME_BYTES = 1 << 28
-
-_logger = logging.getLogger("longtail.engine.group_store")
 
 
 class _Record(msgspec.Struct, tag=True, frozen=True):
@@ -141,8 +135,7 @@ class GroupStore:
         if self._journal is not None:
             self.num_torn_bytes = self._journal.num_torn_bytes
             self._replay(self._journal)
-            self._compacted_bytes = 0
-            self._compact_if_large()
+            self._journal.compact_if_large(self._compacted)
 
     def close(self) -> None:
         """Write what is left, and give up the journal."""
@@ -306,22 +299,18 @@ class GroupStore:
             self.recovered = replace(self.recovered, groups=groups)
 
     def _compact_if_large(self) -> None:
-        journal = self._journal
-        if journal is None or journal.num_bytes < max(_MIN_COMPACT_BYTES, _GROWTH * self._compacted_bytes):
-            return
+        if self._journal is not None:
+            self._journal.compact_if_large(self._compacted)
+
+    def _compacted(self) -> list[bytes]:
+        """All that the store holds, as a journal begins."""
+        self.flush()
         returned = None if self.recovered is None else replace(self.recovered, groups=[])
         records: list[_Record] = [_State(self.totals, returned)]
         records += [_Held(group, "returned") for group in self._returned.values()]
         records += [_Held(group, "banked") for group in self.banked.values()]
         records += [_Held(group, "carried") for group in self.carried.values()]
-        try:
-            self.flush()
-            journal.compact([_encode(record) for record in records])
-        except JournalError as error:
-            # What was to be on the disk is there. A journal that can't be used says so at the next change.
-            _logger.warning("the journal could not be compacted: %s", error)
-        else:
-            self._compacted_bytes = journal.num_bytes
+        return [_encode(record) for record in records]
 
 
 def _encode(record: _Record) -> bytes:

@@ -32,7 +32,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -50,6 +50,10 @@ logger = logging.getLogger(__name__)
 # A frame is in memory whole, several times, when it is written.
 MAX_FRAME_BYTES = 1 << 30
 
+# Below this a journal is not worth compacting, nor before it has grown so many times.
+MIN_COMPACT_BYTES = 1 << 22
+_GROWTH = 3
+
 _SIGNATURE = b"longtail-journal" + struct.pack("<I", 1)
 _MARK_BYTES = 8
 _HEADER = struct.Struct("<20s8sI")
@@ -64,12 +68,14 @@ class JournalError(LongtailError, RuntimeError):
     Attributes:
         path: the file.
         reason: what was expected and what came, or what the operating system refused.
+        is_broken: the journal takes nothing more until it is opened anew.
 
     """
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Path, reason: str, *, is_broken: bool = False) -> None:
         self.path = path
         self.reason = reason
+        self.is_broken = is_broken
         super().__init__(f"{path}: {reason}")
 
 
@@ -100,6 +106,7 @@ class Journal:
         self._new_path = self.path.with_name(self.path.name + ".compacting")
         self._mark = b""
         self._broken: str | None = None
+        self._compact_at = 0
         self._descriptor: int | None = None
         with self._os_errors("could not be opened"):
             descriptor = _open_locked(self.path, lock_timeout_s)
@@ -183,6 +190,21 @@ class Journal:
         with self._os_errors("could not be renamed durably", break_journal=True):
             sync_folder(self.path)
 
+    def compact_if_large(self, payloads: Callable[[], Sequence[bytes]]) -> None:
+        """Call `compact` with what `payloads` returns if it is time.
+
+        A failure of either is logged and forgotten for a while: all that was to be on the disk is there. A journal that
+        can't be used says so at its next change.
+        """
+        if self.num_bytes < max(MIN_COMPACT_BYTES, self._compact_at):
+            return
+        try:
+            self.compact(payloads())
+            self._compact_at = _GROWTH * self.num_bytes
+        except JournalError as error:
+            logger.warning("%s could not be compacted: %s", self.path.name, error)
+            self._compact_at = self.num_bytes + MIN_COMPACT_BYTES
+
     def close(self) -> None:
         """Release the file; safe to repeat."""
         if self._descriptor is not None:
@@ -194,7 +216,8 @@ class Journal:
         if self._descriptor is None:
             raise JournalError(self.path, "is closed")
         if self._broken is not None:
-            raise JournalError(self.path, f"takes nothing more until it is opened anew: it {self._broken}")
+            reason = f"takes nothing more until it is opened anew: it {self._broken}"
+            raise JournalError(self.path, reason, is_broken=True)
         with self._os_errors("cannot be found under its name"):
             if not os.path.samestat(os.stat(self.path), os.fstat(self._descriptor)):
                 raise JournalError(self.path, "was replaced by another file")
@@ -209,7 +232,7 @@ class Journal:
             if break_journal and self._broken is None:
                 # For good: after a sync that failed the next one may succeed, without the pages that were lost.
                 self._broken = reason
-            raise JournalError(self.path, reason) from error
+            raise JournalError(self.path, reason, is_broken=break_journal) from error
 
     def _recover(self, descriptor: int) -> None:
         """Read what is there, and make the file end at a frame that is on the disk."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longtail.trainer_bridge.async_client import AsyncBridgeClient
     from longtail.trainer_bridge.client import BridgeClient
-    from longtail.trainer_bridge.config import BridgeConfig
     from longtail.trainer_bridge.errors import (
         BridgeClosedError,
         BridgeError,
@@ -21,18 +20,19 @@ if TYPE_CHECKING:
     )
     from longtail.trainer_bridge.fleet import BridgeFleet, FleetCursor
     from longtail.trainer_bridge.keys import ClientKeys
-    from longtail.trainer_bridge.service import BridgeService
+    from longtail.trainer_bridge.service.config import BridgeConfig
+    from longtail.trainer_bridge.service.service import BridgeService
     from longtail.trainer_bridge.wire import Cursor
 
 _HOMES = {
     "AsyncBridgeClient": "async_client",
     "BridgeClient": "client",
     "BridgeClosedError": "errors",
-    "BridgeConfig": "config",
+    "BridgeConfig": "service.config",
     "BridgeError": "errors",
     "BridgeFleet": "fleet",
     "BridgeRefusedError": "errors",
-    "BridgeService": "service",
+    "BridgeService": "service.service",
     "BridgeTimeoutError": "errors",
     "ClientKeys": "keys",
     "Cursor": "wire",

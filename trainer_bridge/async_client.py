@@ -15,14 +15,14 @@ from longtail.engine.config import SamplingConfig
 from longtail.engine.trajectory import Round, Trajectory
 from longtail.trainer_bridge import wire
 from longtail.trainer_bridge.client import ClientState
-from longtail.trainer_bridge.client_calls import BridgeCalls, Call, check_timeout
-from longtail.trainer_bridge.client_rounds import AsyncBell, AsyncClientGroupStream, AsyncClientRound
+from longtail.trainer_bridge.connection.calls import BridgeCalls, Call, check_timeout
+from longtail.trainer_bridge.connection.round_reader import RoundReader, StreamReader
+from longtail.trainer_bridge.connection.rounds import AsyncBell, AsyncClientGroupStream, AsyncClientRound
 from longtail.trainer_bridge.errors import BridgeError
 from longtail.trainer_bridge.keys import ClientKeys
-from longtail.trainer_bridge.round_reader import RoundReader, StreamReader
 
 if TYPE_CHECKING:
-    from longtail.trainer_bridge.push import PushProgress, PushReport
+    from longtail.trainer_bridge.weights.push import PushProgress, PushReport, PushTransport
 
 T = TypeVar("T")
 
@@ -153,14 +153,15 @@ class AsyncBridgeClient(ClientState):
         version: int,
         *,
         delta: bool | Literal["auto"] = False,
-        transport: Literal["auto", "zmq", "shm"] = "auto",
+        transport: PushTransport = "auto",
+        init_info: Any = None,
         timeout_s: float | None = None,
         on_progress: Callable[[PushProgress], None] | None = None,
     ) -> PushReport:
         """See `BridgeClient.push_weights`; `named_tensors` is read, and `on_progress` called, in another thread."""
         return await asyncio.to_thread(
-            self._push, named_tensors, version, delta=delta, transport=transport, timeout_s=self._bound(timeout_s),
-            on_progress=on_progress,
+            self._push, named_tensors, version, delta=delta, transport=transport, init_info=init_info,
+            timeout_s=self._bound(timeout_s), on_progress=on_progress,
         )  # fmt: skip
 
     async def remember_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None:

@@ -32,13 +32,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from longtail.engine.config import SamplingConfig
 from longtail.engine.trajectory import Round, Trajectory
 from longtail.trainer_bridge import wire
-from longtail.trainer_bridge.client_calls import BridgeCalls, Call, check_timeout
-from longtail.trainer_bridge.client_rounds import Bell, ClientGroupStream, ClientRound
+from longtail.trainer_bridge.connection.calls import BridgeCalls, Call, check_timeout
+from longtail.trainer_bridge.connection.rounds import Bell, ClientGroupStream, ClientRound
 from longtail.trainer_bridge.errors import BridgeError
 from longtail.trainer_bridge.keys import ClientKeys
 
 if TYPE_CHECKING:
-    from longtail.trainer_bridge.push import PushProgress, PushReport, WeightPusher
+    from longtail.trainer_bridge.weights.push import PushProgress, PushReport, PushTransport, WeightPusher
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ class ClientState:
             return self._get_pusher().push(channel, named_tensors, version, **options)
 
     def _get_pusher(self) -> WeightPusher:
-        from longtail.trainer_bridge.push import WeightPusher
+        from longtail.trainer_bridge.weights.push import WeightPusher
 
         if self._pusher is None:
             self._pusher = WeightPusher()
@@ -340,18 +340,21 @@ class BridgeClient(ClientState):
         version: int,
         *,
         delta: bool | Literal["auto"] = False,
-        transport: Literal["auto", "zmq", "shm"] = "auto",
+        transport: PushTransport = "auto",
+        init_info: Any = None,
         timeout_s: float | None = None,
         on_progress: Callable[[PushProgress], None] | None = None,
     ) -> PushReport:
         """Push weights, and wait until the engine samples from them; rounds that run go on meanwhile.
 
         Args:
-            named_tensors: name and tensor of everything in the checkpoint, in any order: torch, NumPy, or anything with
-                DLPack. It is read once, and a tensor may not change before the push has ended.
+            named_tensors: name and tensor of everything in the checkpoint, in any order: torch, NumPy or
+                CuPy. It is read once, and a tensor may not change before the push has ended.
             version: above the engine's.
             delta: send only what changed since the last push of this client, see `WeightPusher.push`.
-            transport: by default shared memory if the service is on this host.
+            transport: by default shared memory if the service is on this host, messages otherwise; `nccl` and `ipc`
+                are vLLM's own, see `weights/vllm_sync.py`.
+            init_info: vLLM's `NCCLTrainerInitInfo` or `IPCTrainerInitInfo`, for those.
             timeout_s: bound on each wait for the service.
             on_progress: called after each tensor.
 
@@ -362,8 +365,8 @@ class BridgeClient(ClientState):
 
         """
         return self._push(
-            named_tensors, version, delta=delta, transport=transport, timeout_s=self._bound(timeout_s),
-            on_progress=on_progress,
+            named_tensors, version, delta=delta, transport=transport, init_info=init_info,
+            timeout_s=self._bound(timeout_s), on_progress=on_progress,
         )  # fmt: skip
 
     def remember_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None:

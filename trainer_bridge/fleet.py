@@ -23,17 +23,17 @@ import msgspec
 from longtail.engine.config import SamplingConfig
 from longtail.engine.trajectory import Group, Round, Trajectory
 from longtail.trainer_bridge.client import BridgeClient
-from longtail.trainer_bridge.client_calls import Call, Step, check_timeout
-from longtail.trainer_bridge.client_rounds import Bell
+from longtail.trainer_bridge.connection.calls import Call, Step, check_timeout
+from longtail.trainer_bridge.connection.round_reader import RoundReader, StreamReader
+from longtail.trainer_bridge.connection.rounds import Bell
+from longtail.trainer_bridge.connection.strided_prompts import StridedPrompts
+from longtail.trainer_bridge.connection.tee import Tee
 from longtail.trainer_bridge.errors import BridgeError, InvalidInputError
 from longtail.trainer_bridge.keys import ClientKeys
-from longtail.trainer_bridge.round_reader import RoundReader, StreamReader
-from longtail.trainer_bridge.strided_prompts import StridedPrompts
-from longtail.trainer_bridge.tee import Tee
 from longtail.trainer_bridge.wire import Cursor, Status
 
 if TYPE_CHECKING:
-    from longtail.trainer_bridge.push import PushReport
+    from longtail.trainer_bridge.weights.push import PushReport
 
 T = TypeVar("T")
 

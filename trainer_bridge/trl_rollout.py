@@ -23,7 +23,6 @@ from typing import Any, Literal, Protocol, Self
 from longtail.engine.config import SamplingConfig
 from longtail.engine.prompts import Prompt
 from longtail.engine.trajectory import Group, Round, Trajectory
-from longtail.trainer_bridge.checkpoint_tensors import checkpoint_tensors
 from longtail.trainer_bridge.errors import BridgeError, InvalidInputError
 from longtail.trainer_bridge.trl_partial import (
     PROMPTS,
@@ -39,6 +38,7 @@ from longtail.trainer_bridge.trl_settings import (
     sampling_of,
     token_ids_of,
 )
+from longtail.trainer_bridge.weights.checkpoint_tensors import checkpoint_tensors
 
 #: The column in which the reward functions get the `Trajectory` of each completion.
 TRAJECTORY = "trajectory"

@@ -194,7 +194,7 @@ def train_demo(
 ) -> None:
     """Watch a small model learn: an engine and a trainer, two processes that speak over the bridge."""
     from longtail.engine.cli.rollout import check_files
-    from longtail.trainer_bridge.demo import STEPS_FILE, DemoSettings, run_demo
+    from longtail.trainer_bridge.demo.run import STEPS_FILE, DemoSettings, run_demo
 
     check_files(out / STEPS_FILE, report, overwrite=True)
     run_demo(DemoSettings(**demo.given()), out, report, Console())

@@ -29,7 +29,7 @@ from longtail.engine.errors import EngineDeadError, InvalidInputError
 if TYPE_CHECKING:
     from longtail.engine.config import EngineConfig
     from longtail.engine.rollout_engine import RolloutEngine
-    from longtail.trainer_bridge.service import BridgeService
+    from longtail.trainer_bridge.service.service import BridgeService
 
 READY_PREFIX = "LONGTAIL_BRIDGE "
 ENGINE_FILE = "engine.journal"
@@ -71,8 +71,8 @@ def serve_bridge(
         LongtailError: it can't start, or the engine or the state folder failed.
 
     """
-    from longtail.trainer_bridge.config import BridgeConfig
-    from longtail.trainer_bridge.door import Door
+    from longtail.trainer_bridge.service.config import BridgeConfig
+    from longtail.trainer_bridge.service.door import Door
 
     given = bridge.given()
     port, address = given.pop("metrics_port", None), given.pop("bridge")
@@ -86,7 +86,7 @@ def serve_bridge(
             config, needed = _with_journal(config, journal)
             config = dataclasses.replace(config, model=str(make_ready(model, "float32", console)))
             from longtail.engine.rollout_engine import RolloutEngine
-            from longtail.trainer_bridge.service import BridgeService
+            from longtail.trainer_bridge.service.service import BridgeService
 
             with (
                 RolloutEngine(config) as engine,
@@ -115,7 +115,7 @@ def _with_journal(config: EngineConfig, journal: Path | None) -> tuple[EngineCon
 
 
 def _serve(engine: RolloutEngine, service: BridgeService, model: str, port: int | None) -> None:
-    from longtail.trainer_bridge.metrics import MetricsServer
+    from longtail.trainer_bridge.service.metrics import MetricsServer
 
     metrics = None if port is None else MetricsServer(service, port)
     try:

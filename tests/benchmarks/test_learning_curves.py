@@ -8,7 +8,7 @@ import learning_picture
 import pytest
 from learning_curves import ARMS, Curve, figures_of, plain
 
-from longtail.trainer_bridge.demo_loop import Evaluation, StepRecord
+from longtail.trainer_bridge.demo.loop import Evaluation, StepRecord
 
 
 def a_curve(arm: str, seed: int, rewards: list[float], step_s: float, every: int = 2) -> Curve:

@@ -27,7 +27,7 @@ import carry_crash_child as child
 import msgspec
 import pytest
 
-from longtail.engine import group_store, journal
+from longtail.engine import journal
 from longtail.engine.group_store import GroupStore
 from longtail.engine.journal import JournalError
 
@@ -226,7 +226,7 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    monkeypatch.setattr(group_store, "_MIN_COMPACT_BYTES", 4096)
+    monkeypatch.setattr(journal, "MIN_COMPACT_BYTES", 4096)
     return Disk(monkeypatch)
 
 
@@ -414,7 +414,7 @@ def test_a_torn_tail_of_any_length(tmp_path: Path) -> None:
 
 
 def test_the_journal_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_store, "_MIN_COMPACT_BYTES", 1 << 16)
+    monkeypatch.setattr(journal, "MIN_COMPACT_BYTES", 1 << 16)
     path = tmp_path / "groups.journal"
     store = GroupStore(path)
     rounds = child.Rounds(store, "small")

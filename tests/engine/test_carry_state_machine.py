@@ -33,7 +33,7 @@ from hypothesis.stateful import (
 from kv_model import VOCAB_SIZE, KvEngine
 from step_driver import StepDriver
 
-from longtail.engine import group_store, waves
+from longtail.engine import group_store, journal, waves
 from longtail.engine.carry_book import CarryBook, VersionChanged
 from longtail.engine.carry_config import CarryConfig
 from longtail.engine.group_store import GroupStore
@@ -426,7 +426,7 @@ def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def set_constants(set_attribute: Callable[[Any, str, Any], None]) -> None:
     """Nothing depends on the time, and what is rare happens."""
     set_attribute(group_store, "_FLUSH_INTERVAL_S", float("inf"))
-    set_attribute(group_store, "_MIN_COMPACT_BYTES", 1 << 14)
+    set_attribute(journal, "MIN_COMPACT_BYTES", 1 << 14)
     set_attribute(waves, "_MAX_WAVE_GROUPS", 5)
 
 

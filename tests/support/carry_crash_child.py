@@ -245,7 +245,7 @@ def live(
 
     `rounds_told` ends it right after it has told so many rounds, before the next one begins.
     """
-    group_store._MIN_COMPACT_BYTES = 4096
+    journal.MIN_COMPACT_BYTES = 4096
     group_store._FLUSH_INTERVAL_S = 0.005
     if calls is not None:
         die_at(calls, random.Random(seed))

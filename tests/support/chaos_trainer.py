@@ -33,7 +33,7 @@ from longtail.engine.prompts import Prompt
 from longtail.engine.weight_manifest import stored_tensors
 from longtail.trainer_bridge.client import BridgeClient
 from longtail.trainer_bridge.errors import BridgeError, InvalidInputError, WeightsPushError
-from longtail.trainer_bridge.manifest import checksum, digest_of
+from longtail.trainer_bridge.weights.manifest import checksum, digest_of
 from longtail.trainer_bridge.wire import Cursor
 
 GROUP_SIZE = 2
@@ -132,8 +132,8 @@ class Trainer:
                 time.sleep(0.01)
                 continue
             round_ = client.rollout(
-                Prompts(offered["num_prompts"]), group_size=GROUP_SIZE, target_groups=TARGET_GROUPS, over_provision=2.0, sampling=SAMPLING,
-                round_id=f"step-{self.state['step']}",
+                Prompts(offered["num_prompts"]), group_size=GROUP_SIZE, target_groups=TARGET_GROUPS, over_provision=2.0,
+                sampling=SAMPLING, round_id=f"step-{self.state['step']}",
             )  # fmt: skip
             below, others = self.state["below"], set(self.state["others"])
             for group in round_.groups:

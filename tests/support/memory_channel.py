@@ -7,7 +7,7 @@ from typing import Any
 
 from longtail.trainer_bridge import wire
 from longtail.trainer_bridge.errors import BridgeTimeoutError, PushRefusedError, WeightsPushError
-from longtail.trainer_bridge.staging import Staged, Staging
+from longtail.trainer_bridge.weights.staging import Staged, Staging
 
 
 class MemoryChannel:

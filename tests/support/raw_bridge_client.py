@@ -19,7 +19,7 @@ from longtail.engine.trajectory import Group, Round
 from longtail.engine.weight_manifest import stored_tensors
 from longtail.trainer_bridge import wire
 from longtail.trainer_bridge.keys import ClientKeys
-from longtail.trainer_bridge.manifest import checksum, digest_of
+from longtail.trainer_bridge.weights.manifest import checksum, digest_of
 
 WAIT_S = 20.0
 M = TypeVar("M")

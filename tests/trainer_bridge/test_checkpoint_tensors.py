@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from longtail.trainer_bridge.checkpoint_tensors import checkpoint_tensors
 from longtail.trainer_bridge.errors import InvalidInputError
+from longtail.trainer_bridge.weights.checkpoint_tensors import checkpoint_tensors
 
 
 def _model(*, tied: bool) -> Any:

@@ -18,7 +18,7 @@ from longtail.engine.config import SamplingConfig
 from longtail.engine.prompts import Prompt
 from longtail.trainer_bridge import wire
 from longtail.trainer_bridge.client import BridgeClient
-from longtail.trainer_bridge.client_prompts import _PACKET_PROMPTS
+from longtail.trainer_bridge.connection.prompts import _PACKET_PROMPTS
 from longtail.trainer_bridge.errors import (
     BridgeClosedError,
     BridgeError,

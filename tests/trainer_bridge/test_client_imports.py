@@ -12,7 +12,7 @@ import longtail.trainer_bridge as bridge
 light = sorted(sys.modules)
 for name in ("AsyncBridgeClient", "BridgeClient", "BridgeError", "BridgeFleet", "ClientKeys", "Cursor", "FleetCursor"):
     getattr(bridge, name)
-from longtail.trainer_bridge import delta, manifest, push, ring
+from longtail.trainer_bridge.weights import delta, manifest, push, ring
 heavy = {"vllm", "torch", "transformers", "zmq", "numpy"}
 print(json.dumps({
     "package": sorted(heavy & set(light)),

@@ -19,7 +19,6 @@ from longtail.engine.errors import InvalidInputError
 from longtail.engine.trajectory import Group
 from longtail.trainer_bridge.async_client import AsyncBridgeClient
 from longtail.trainer_bridge.client import BridgeClient
-from longtail.trainer_bridge.config import BridgeConfig
 from longtail.trainer_bridge.errors import (
     BridgeClosedError,
     BridgeError,
@@ -29,9 +28,10 @@ from longtail.trainer_bridge.errors import (
 )
 from longtail.trainer_bridge.fleet import BridgeFleet
 from longtail.trainer_bridge.keys import CLIENT, SERVER, ClientKeys, make_keys
-from longtail.trainer_bridge.ring import Ring
-from longtail.trainer_bridge.service import BridgeService
-from longtail.trainer_bridge.staging import Staging
+from longtail.trainer_bridge.service.config import BridgeConfig
+from longtail.trainer_bridge.service.service import BridgeService
+from longtail.trainer_bridge.weights.ring import Ring
+from longtail.trainer_bridge.weights.staging import Staging
 from longtail.trainer_bridge.wire import Cursor
 
 PROMPTS = [[i % 512, (i + 1) % 512] for i in range(2000)]

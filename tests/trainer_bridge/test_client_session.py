@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from longtail.engine.config import SamplingConfig
 from longtail.trainer_bridge import wire
-from longtail.trainer_bridge.client_session import ClientSession
+from longtail.trainer_bridge.connection.session import ClientSession
 from longtail.trainer_bridge.errors import (
     BridgeClosedError,
     BridgeError,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from longtail.trainer_bridge.delta import Delta, apply, bits_of, changed, index_bytes
+from longtail.trainer_bridge.weights.delta import Delta, apply, bits_of, changed, index_bytes
 
 DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 

@@ -16,12 +16,12 @@ import psutil
 import pytest
 from rich.console import Console
 
-from longtail.trainer_bridge.demo import DemoSettings, run_demo
-from longtail.trainer_bridge.demo_charts import Bars, Line, bar_chart, line_chart
-from longtail.trainer_bridge.demo_display import DemoDisplay
-from longtail.trainer_bridge.demo_engine import EngineProcess, EngineProcessError
-from longtail.trainer_bridge.demo_loop import Evaluation, StepRecord
-from longtail.trainer_bridge.demo_report import RunRecord, Sample, figures, render_run
+from longtail.trainer_bridge.demo.charts import Bars, Line, bar_chart, line_chart
+from longtail.trainer_bridge.demo.display import DemoDisplay
+from longtail.trainer_bridge.demo.engine_process import EngineProcess, EngineProcessError
+from longtail.trainer_bridge.demo.loop import Evaluation, StepRecord
+from longtail.trainer_bridge.demo.report import RunRecord, Sample, figures, render_run
+from longtail.trainer_bridge.demo.run import DemoSettings, run_demo
 from longtail.trainer_bridge.errors import InvalidInputError
 
 SMALL = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longtail.engine.models import resolve_model
-from longtail.trainer_bridge import euclid_model, euclid_task
+from longtail.trainer_bridge.demo import euclid_model, euclid_task
 
 
 @pytest.fixture

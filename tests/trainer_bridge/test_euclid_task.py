@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longtail.trainer_bridge import euclid_task as task
-from longtail.trainer_bridge.euclid_task import Problem
+from longtail.trainer_bridge.demo import euclid_task as task
+from longtail.trainer_bridge.demo.euclid_task import Problem
 
 problems = st.tuples(st.integers(1, 99), st.integers(1, 99)).filter(lambda p: p[0] != p[1]).map(lambda p: Problem(*p))
 

@@ -15,10 +15,10 @@ from scripted_service import ScriptedService, Store
 from longtail.engine.config import SamplingConfig
 from longtail.engine.prompts import Prompt
 from longtail.trainer_bridge import wire
+from longtail.trainer_bridge.connection.strided_prompts import StridedPrompts
+from longtail.trainer_bridge.connection.tee import Tee
 from longtail.trainer_bridge.errors import BridgeTimeoutError, InvalidInputError, WeightsPushError
 from longtail.trainer_bridge.fleet import BridgeFleet, FleetCursor, FleetPushError
-from longtail.trainer_bridge.strided_prompts import StridedPrompts
-from longtail.trainer_bridge.tee import Tee
 
 PROMPTS = [[i] for i in range(50)]
 

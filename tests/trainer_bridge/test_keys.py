@@ -15,9 +15,9 @@ from raw_bridge_client import RawBridgeClient, raw_client
 
 from longtail.engine.errors import InvalidInputError
 from longtail.trainer_bridge import wire
-from longtail.trainer_bridge.config import BridgeConfig
 from longtail.trainer_bridge.keys import ClientKeys, ServerKeys, make_keys
-from longtail.trainer_bridge.service import BridgeService
+from longtail.trainer_bridge.service.config import BridgeConfig
+from longtail.trainer_bridge.service.service import BridgeService
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from longtail.engine import journal
 from longtail.engine.journal import Journal, JournalError
 from longtail.engine.prompt_source import PromptSource
 from longtail.engine.prompts import Prompt
-from longtail.trainer_bridge import prompt_log as module
-from longtail.trainer_bridge.prompt_log import PromptLog
-from longtail.trainer_bridge.refusals import Refusal
+from longtail.trainer_bridge.service.prompt_log import PromptLog
+from longtail.trainer_bridge.service.refusals import Refusal
 
 
 def prompts(first: int, count: int) -> list[Prompt]:
@@ -84,7 +84,7 @@ def test_a_kill_after_any_byte_keeps_whole_appends(tmp_path: Path) -> None:
 
 
 def test_forgotten_positions_leave_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MIN_COMPACT_BYTES", 4096)
+    monkeypatch.setattr(journal, "MIN_COMPACT_BYTES", 4096)
     path = tmp_path / "p"
     log = PromptLog(path)
     for first in range(0, 1000, 10):
@@ -116,7 +116,7 @@ def test_what_cannot_be_written_is_not_there(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
-    with Journal(tmp_path / "p") as journal:
-        journal.append([b"\x01"])
+    with Journal(tmp_path / "p") as file:
+        file.append([b"\x01"])
     with pytest.raises(JournalError, match="record 0 is not one of prompts"):
         PromptLog(tmp_path / "p")

@@ -20,10 +20,10 @@ from weight_examples import ENTRIES, MANIFEST, arrays_of, as_bytes, changed_weig
 from longtail.engine.weight_manifest import Manifest, TensorEntry
 from longtail.trainer_bridge import wire
 from longtail.trainer_bridge.errors import BridgeTimeoutError, InvalidInputError, WeightsPushError
-from longtail.trainer_bridge.host_tensors import host_tensor
-from longtail.trainer_bridge.push import PushProgress, WeightPusher
-from longtail.trainer_bridge.ring import Ring
-from longtail.trainer_bridge.staging import Staging
+from longtail.trainer_bridge.weights.host_tensors import host_tensor
+from longtail.trainer_bridge.weights.push import PushProgress, WeightPusher
+from longtail.trainer_bridge.weights.ring import Ring
+from longtail.trainer_bridge.weights.staging import Staging
 
 
 def staging_of(ring: bool = False, **options: Any) -> Staging:
@@ -361,7 +361,7 @@ def test_large_tensors_in_real_chunks() -> None:
 
 def test_a_trainer_needs_neither_torch_nor_vllm() -> None:
     code = (
-        "import sys; import longtail.trainer_bridge.push, longtail.trainer_bridge.vllm_sync; "
-        "from longtail.trainer_bridge.staging import Staging; assert not {'torch', 'vllm', 'cupy'} & set(sys.modules)"
+        "import sys; import longtail.trainer_bridge.weights.push, longtail.trainer_bridge.weights.vllm_sync; "
+        "import longtail.trainer_bridge.weights.staging; assert not {'torch', 'vllm', 'cupy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from longtail.engine.errors import InvalidInputError
-from longtail.trainer_bridge.ring import Ring
+from longtail.trainer_bridge.weights.ring import Ring
 
 
 def test_both_sides_have_the_same_slots() -> None:
@@ -26,7 +26,7 @@ def test_both_sides_have_the_same_slots() -> None:
 def test_a_trainer_in_another_process() -> None:
     service = Ring.create(num_slots=2, slot_bytes=8)
     code = (
-        "import sys, msgspec; from longtail.trainer_bridge.ring import Ring; "
+        "import sys, msgspec; from longtail.trainer_bridge.weights.ring import Ring; "
         "from longtail.trainer_bridge.wire import RingSpec; "
         "Ring.attach(msgspec.json.decode(sys.argv[1], type=RingSpec)).slot(1)[:] = 9; "
         "assert not {'torch', 'vllm'} & set(sys.modules)"

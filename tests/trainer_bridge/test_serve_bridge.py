@@ -19,10 +19,10 @@ from longtail.engine import CarryConfig, EngineConfig, RolloutEngine, SamplingCo
 from longtail.engine.cli.app import app
 from longtail.engine.trajectory import Group
 from longtail.trainer_bridge import wire
-from longtail.trainer_bridge.config import BridgeConfig
 from longtail.trainer_bridge.keys import ClientKeys
-from longtail.trainer_bridge.manifest import digest_of
-from longtail.trainer_bridge.service import BridgeService
+from longtail.trainer_bridge.service.config import BridgeConfig
+from longtail.trainer_bridge.service.service import BridgeService
+from longtail.trainer_bridge.weights.manifest import digest_of
 
 PROMPTS = [[5 + i, 9, 11] for i in range(200)]
 LONG = SamplingConfig(max_tokens=200, ignore_eos=True, seed=3)

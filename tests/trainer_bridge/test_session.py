@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longtail.trainer_bridge import wire
-from longtail.trainer_bridge.refusals import Refusal
-from longtail.trainer_bridge.session import ALIVE_HEARTBEATS, Greeting, Reception
+from longtail.trainer_bridge.service.refusals import Refusal
+from longtail.trainer_bridge.service.session import ALIVE_HEARTBEATS, Greeting, Reception
 
 EPOCH = "e"
 

@@ -30,11 +30,11 @@ from weight_examples import (
 from longtail.engine.weight_manifest import Manifest, TensorEntry
 from longtail.engine.weight_segment import WeightSegment
 from longtail.trainer_bridge import wire
-from longtail.trainer_bridge.delta import changed
 from longtail.trainer_bridge.errors import PushRefusedError
-from longtail.trainer_bridge.manifest import checksum, digest_of, is_checksum
-from longtail.trainer_bridge.ring import Ring
-from longtail.trainer_bridge.staging import Staging
+from longtail.trainer_bridge.weights.delta import changed
+from longtail.trainer_bridge.weights.manifest import checksum, digest_of, is_checksum
+from longtail.trainer_bridge.weights.ring import Ring
+from longtail.trainer_bridge.weights.staging import Staging
 
 CHUNK = 50
 Sent = tuple[Any, bytes]

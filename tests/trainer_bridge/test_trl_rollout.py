@@ -17,10 +17,10 @@ from tiny_trl import BATCH_SIZE, GROUP_SIZE, MAX_TOKENS, NUM_STEPS, QUESTIONS, l
 from longtail.engine import CarryConfig, EngineConfig, Prompt, RolloutEngine, SamplingConfig
 from longtail.engine.trajectory import Round, Trajectory
 from longtail.trainer_bridge import BridgeClient, BridgeError, BridgeService, WeightsPushError
-from longtail.trainer_bridge.checkpoint_tensors import checkpoint_tensors
 from longtail.trainer_bridge.errors import InvalidInputError
-from longtail.trainer_bridge.manifest import checksum, digest_of
 from longtail.trainer_bridge.trl_rollout import LongtailRollout
+from longtail.trainer_bridge.weights.checkpoint_tensors import checkpoint_tensors
+from longtail.trainer_bridge.weights.manifest import checksum, digest_of
 
 ONE = pytest.approx(1, abs=1e-3)
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from scripted_service import ScriptedService
 
-from longtail.trainer_bridge import wire
+from longtail.trainer_bridge import BridgeClient, wire
 from longtail.trainer_bridge.errors import InvalidInputError
-from longtail.trainer_bridge.push import WeightPusher
-from longtail.trainer_bridge.vllm_sync import BridgeWeightSync, VllmTransfer
+from longtail.trainer_bridge.weights.push import WeightPusher
+from longtail.trainer_bridge.weights.vllm_sync import BridgeWeightSync, VllmTransfer
 
 
 class ControlChannel:
@@ -116,18 +117,24 @@ def test_what_does_not_fit_into_a_header_is_refused() -> None:
     assert channel.sent == []
 
 
-def test_a_push_goes_through_vllms_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for the engine that would send the tensors."""
+class InitInfo:
+    backend = "nccl"
+
+
+TENSORS = [("a", torch.zeros(2, 3)), ("b", torch.nn.Parameter(torch.ones(4)))]
+NAMES = {"names": [["a", "torch.float32", [2, 3]], ["b", "torch.float32", [4]]]}
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stand-ins for the engine that would send the tensors."""
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-    class InitInfo:
-        backend = "nccl"
+    made: list[Any] = []
 
     class Engine:
-        count = 0
-
         def __init__(self, client: Any, source: Any) -> None:
-            Engine.count += 1
+            made.append(self)
             self.client, self.source = client, source
             client.init_weight_transfer_engine({"master_port": 1})
 
@@ -143,20 +150,41 @@ def test_a_push_goes_through_vllms_engine(monkeypatch: pytest.MonkeyPatch) -> No
         "trainer_init",
         classmethod(lambda cls, init_info, *, client, source: Engine(client, source)),
     )
+    return made
+
+
+def test_a_push_goes_through_vllms_engine(engines: list[Any]) -> None:
     pusher, init_info = WeightPusher(), InitInfo()
-    tensors = [("a", torch.zeros(2, 3)), ("b", torch.nn.Parameter(torch.ones(4)))]
     for version, ops in ((5, ["init", "start", "update", "finish"]), (6, ["start", "update", "finish"])):
         channel: Any = ControlChannel()
-        report = pusher.push(channel, iter(tensors), version, transport="nccl", init_info=init_info)
+        report = pusher.push(channel, iter(TENSORS), version, transport="nccl", init_info=init_info)
         assert [one.op for one in channel.sent] == ops
         assert channel.sent[-1].version == version
-        assert channel.sent[-2].info == {"names": [["a", "torch.float32", [2, 3]], ["b", "torch.float32", [4]]]}
+        assert channel.sent[-2].info == NAMES
         assert (report.kind, report.transport, report.num_tensors, report.num_bytes) == ("full", "nccl", 2, 40)
-    assert Engine.count == 1
+    assert len(engines) == 1
     with pytest.raises(InvalidInputError, match="delta"):
-        pusher.push(channel, tensors, 7, transport="nccl", init_info=init_info, delta=True)
+        pusher.push(channel, TENSORS, 7, transport="nccl", init_info=init_info, delta=True)
     with pytest.raises(InvalidInputError, match="init_info"):
-        pusher.push(channel, tensors, 7, transport="ipc", init_info=init_info)
+        pusher.push(channel, TENSORS, 7, transport="ipc", init_info=init_info)
+
+
+def test_a_clients_push_goes_through_vllms_engine(engines: list[Any]) -> None:
+    with ScriptedService() as service:
+
+        def do(message: wire.ControlWeights, payload: memoryview) -> bool:
+            service.send(wire.Done(reply_to=message.request_id))
+            return True
+
+        service.answers[wire.ControlWeights] = do
+        with BridgeClient(service.address, timeout_s=10.0) as client:
+            report = client.push_weights(iter(TENSORS), 5, transport="nccl", init_info=InitInfo())
+            assert (report.transport, report.version, report.num_bytes) == ("nccl", 5, 40)
+            with pytest.raises(InvalidInputError, match="init_info"):
+                client.push_weights(TENSORS, 6, transport="ipc")
+        sent = [one for one in service.received if isinstance(one, wire.ControlWeights)]
+    assert [(one.op, one.version) for one in sent] == [("init", None), ("start", None), ("update", None), ("finish", 5)]
+    assert sent[2].info == NAMES
 
 
 def test_an_engine_that_failed_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from raw_bridge_client import RawBridgeClient, raw_client, wait_until
 
 from longtail.engine.errors import EngineTimeoutError, InvalidInputError, WeightsApplyError, WeightsHookError
 from longtail.trainer_bridge import wire
-from longtail.trainer_bridge.config import BridgeConfig
 from longtail.trainer_bridge.errors import PushRefusedError
-from longtail.trainer_bridge.service import BridgeService
+from longtail.trainer_bridge.service.config import BridgeConfig
+from longtail.trainer_bridge.service.service import BridgeService
 
 SPEC = wire.TensorSpec("w", "float32", (2,))
 
