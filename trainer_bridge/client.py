@@ -267,8 +267,9 @@ class BridgeClient(ClientState):
             over_provision: have so many times as many groups in flight.
             sampling: how every member is sampled.
             round_id: names the round for good, such as `step-17`: the same name again, after a crash of either side,
-                gets the same round. Rounds without one are returned in the order in which they were begun, and one that
-                an earlier process did not get is returned first, whatever it was asked for with.
+                gets the same round, as long as it is among the last 1,000. Rounds without one are returned in the
+                order in which they were begun, and one that an earlier process did not get is returned first, whatever
+                it was asked for with.
             carry: false for a round of its own, such as an evaluation.
             timeout_s: bound on the start of the round, and on each wait for the next trajectory.
 

@@ -61,7 +61,7 @@ RefusalCode = Literal[
     "cancelled",  # somebody asked for the end of the round
     "unsupported",  # this engine or transport can't
 ]
-EngineState = Literal["starting", "idle", "running", "throttled", "updating", "needs_weights", "dead"]
+EngineState = Literal["idle", "running", "throttled", "updating", "needs_weights", "dead"]
 Transport = Literal["zmq", "shm"]
 Result = TypeVar("Result", Group, Round, Trajectory)
 

@@ -32,7 +32,8 @@ class BridgeConfig:
         max_unacked: no round starts, and no group is taken from a stream, while so many deliveries are not
             acknowledged;
         max_unacked_bytes: or while they have so many bytes. A round that runs is always finished and kept.
-        max_prompt_bytes: prompts that were appended and not used yet, as MessagePack.
+        max_prompt_bytes: prompts that were appended and not used yet, as MessagePack; those of rounds that do not carry
+            over and wait or run may take so much again.
         chunk_bytes: longest chunk of weights in a message. `num_chunks` may be under way.
         slot_bytes: of a place for a chunk in shared memory; small, so that all `num_slots` stay in a CPU's cache.
 

@@ -27,7 +27,7 @@ _COUNTERS = (
     ("longtail_bridge_pause_seconds", "pause_s", "Time that no engine step ran because of pushes."),
     ("longtail_bridge_keys_refused", "keys_refused", "Connections with a key that is not a client's."),
 )
-_STATES = ("starting", "idle", "running", "throttled", "updating", "needs_weights", "dead")
+_STATES = ("idle", "running", "throttled", "updating", "needs_weights", "dead")
 
 
 class BridgeCollector(Collector):

@@ -46,7 +46,8 @@ class BridgeService:
     """See the module; a context manager. Methods may be called from any thread.
 
     Args:
-        engine: runs the rounds; the service does not close it. Nobody else may run rounds that carry over on it.
+        engine: runs the rounds; the service does not close it. Nobody else may run rounds that carry over
+            on it, or change its weights, while the service has it.
         config: of the service.
         staging: takes pushed weights, `None` refuses them; by default one for the engine's checkpoint.
         weights_needed: the engine was started with the weights of an older version than it was told, so that rounds
