@@ -260,6 +260,14 @@ class WeightsChunk(Message, frozen=True):
     num_bytes: int = 0
 
 
+class WeightsParts(Message, frozen=True):
+    """Several of these messages in one, in their order; only the last may have bytes in the third frame."""
+
+    push_id: str
+    parts: list[WeightsTensor | WeightsChunk]
+    num_bytes: int = 0
+
+
 class CommitWeights(Message, frozen=True):
     """All tensors were sent: verify and apply. Answered by `WeightsApplied`.
 
@@ -502,7 +510,7 @@ class Heartbeat(Message, frozen=True):
 
 ToService = (
     Hello | Goodbye | Ping | AppendPrompts | StartRound | CancelRound | Credit | Ack | BeginWeights | WeightsTensor
-    | WeightsChunk | CommitWeights | AbortWeights | ControlWeights | AskChecksum
+    | WeightsChunk | WeightsParts | CommitWeights | AbortWeights | ControlWeights | AskChecksum
 )  # fmt: skip
 ToClient = (
     Welcome | Done | Refused | PromptsAppended | RoundAccepted | Delivery | Preview | RoundFailed | WeightsReady
@@ -514,6 +522,7 @@ _PAYLOAD_BYTES: dict[type[Message], int] = {
     AppendPrompts: MAX_PROMPTS_BYTES,
     StartRound: MAX_PROMPTS_BYTES,
     WeightsChunk: MAX_CHUNK_BYTES,
+    WeightsParts: MAX_CHUNK_BYTES,
     Delivery: MAX_DELIVERY_BYTES,
     Preview: MAX_DELIVERY_BYTES,
 }

@@ -51,19 +51,25 @@ class MemoryChannel:
     def send(self, message: Any, payload: Any = None) -> None:
         if self._failure is not None:
             raise self._failure
-        if self._tamper is not None:
-            message, payload = self._tamper(message, payload)
-        self.sent.append(message)
         decoded, body = wire.decode_to_service(wire.encode(message, payload))
+        parts = decoded.parts if isinstance(decoded, wire.WeightsParts) else [decoded]
         try:
-            if isinstance(decoded, wire.WeightsTensor):
-                self._staging.tensor(decoded)
-            elif isinstance(decoded, wire.WeightsChunk):
-                self.most_ahead = max(self.most_ahead, decoded.serial - self.credited)
-                credit = self._staging.chunk(decoded, body)
-                self.credited = self.credited if credit is None else credit
+            for part in parts:
+                self._take(part, body if part is parts[-1] and body.nbytes else None)
         except PushRefusedError as error:
             self._failure = self._refused(error)
+
+    def _take(self, part: Any, payload: Any) -> None:
+        if self._tamper is not None:
+            part, payload = self._tamper(part, payload)
+        part, body = wire.decode_to_service(wire.encode(part, payload))
+        self.sent.append(part)
+        if isinstance(part, wire.WeightsTensor):
+            self._staging.tensor(part)
+        elif isinstance(part, wire.WeightsChunk):
+            self.most_ahead = max(self.most_ahead, part.serial - self.credited)
+            credit = self._staging.chunk(part, body)
+            self.credited = self.credited if credit is None else credit
 
     def request(self, message: Any, phase: str, timeout_s: float) -> Any:
         if self._failure is not None:

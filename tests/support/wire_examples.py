@@ -24,6 +24,17 @@ TO_SERVICE: list[tuple[Any, bytes | None]] = [
     (wire.WeightsTensor(push_id="p", index=0, spec=SPEC, payload_bytes=30), None),
     (wire.WeightsChunk(push_id="p", serial=0, offset=0, length=3, checksum="00", num_bytes=3), b"abc"),
     (wire.WeightsChunk(push_id="p", serial=1, offset=3, length=3, slot=2), None),
+    (
+        wire.WeightsParts(
+            push_id="p",
+            num_bytes=3,
+            parts=[
+                wire.WeightsTensor(push_id="p", index=1, spec=SPEC, payload_bytes=30, num_changed=2),
+                wire.WeightsChunk(push_id="p", serial=2, offset=0, length=3, num_bytes=3),
+            ],
+        ),
+        b"abc",
+    ),
     (wire.CommitWeights(request_id=8, push_id="p", num_tensors=1, digest="00"), None),
     (wire.AbortWeights(push_id="p"), None),
     (wire.ControlWeights(request_id=9, op="update", info={"names": ["a"]}, version=3), None),

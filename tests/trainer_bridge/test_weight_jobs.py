@@ -123,6 +123,27 @@ def test_a_push(bridge: Bridge) -> None:
     )
 
 
+def test_parts_in_one_message_are_the_same(bridge: Bridge) -> None:
+    bridge.client.begin("p", 1)
+    tensors = [wire.WeightsTensor(push_id="p", index=i, spec=SPEC, payload_bytes=8) for i in range(2)]
+    chunks = [wire.WeightsChunk(push_id="p", serial=i, offset=0, length=8, num_bytes=8 * i) for i in range(2)]
+    parts: list[Any] = [tensors[0], chunks[0], tensors[1], chunks[1]]
+    bridge.client.send(wire.WeightsParts(push_id="p", parts=parts, num_bytes=8), bytes(8))
+    assert isinstance(bridge.client.commit("p", 2, "d"), wire.WeightsApplied)
+    assert bridge.staging.calls[2:6] == ["tensor", "chunk", "tensor", "chunk"]
+
+
+def test_a_part_that_is_refused_ends_the_push_and_the_rest_is_skipped(bridge: Bridge) -> None:
+    bridge.staging.refuses = "tensor"
+    bridge.client.begin("p", 1)
+    tensor = wire.WeightsTensor(push_id="p", index=0, spec=SPEC, payload_bytes=8)
+    bridge.client.send(wire.WeightsParts(push_id="p", parts=[tensor, tensor, tensor]))
+    refused = bridge.client.commit("p", 1, "d")
+    assert isinstance(refused, wire.Refused)
+    assert bridge.staging.calls.count("tensor") == 1
+    assert sum(isinstance(message, wire.Refused) for message, _ in bridge.client.seen) == 2  # the push and the commit
+
+
 def test_a_hook_that_fails_does_not_undo_a_push(bridge: Bridge) -> None:
     bridge.engine.update_fails_with = WeightsHookError(1, 0.5, RuntimeError("no disk"))
     applied = bridge.push()

@@ -12,7 +12,7 @@ from typing import Any, Self
 from longtail.trainer_bridge import wire
 from longtail.trainer_bridge.connection.io import ClientIO, check_sendable
 from longtail.trainer_bridge.errors import BridgeTimeoutError, WeightsPushError
-from longtail.trainer_bridge.weights.push_channel import PushReply, PushRequest
+from longtail.trainer_bridge.weights.push_channel import PushPart, PushReply, PushRequest
 
 
 class ClientPush:
@@ -82,12 +82,9 @@ class ClientPush:
         with self._io.lock:
             return self._session.next_id()
 
-    def send(
-        self, message: wire.WeightsTensor | wire.WeightsChunk | wire.AbortWeights, payload: wire.Buffer | None = None
-    ) -> None:
+    def send(self, message: PushPart, payload: wire.Buffer | None = None) -> None:
         """See `PushChannel`."""
-        if isinstance(message, wire.WeightsTensor):  # it has a name of the caller's
-            check_sendable(message)
+        check_sendable(message)
         with self._io.lock:
             self._check()
             self._session.send_push(message, payload)
@@ -151,7 +148,6 @@ class ClientPush:
     def _drop_unsent(self) -> None:
         """Let go of the buffers that were not sent yet."""
         outgoing = self._session.outgoing
-        mine = (wire.WeightsTensor, wire.WeightsChunk)
-        kept = [one for one in outgoing if not isinstance(one[0], mine)]
+        kept = [one for one in outgoing if not isinstance(one[0], PushPart)]
         if len(kept) != len(outgoing):
             self._session.outgoing = deque(kept)

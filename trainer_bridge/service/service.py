@@ -341,6 +341,8 @@ class BridgeService:
                 self._clerk.take(sender, message, payload)
             case wire.WeightsChunk():
                 self._weights.chunk(message, payload)
+            case wire.WeightsParts():
+                self._weights.parts(message, payload)
             case wire.WeightsTensor():
                 self._weights.tensor(message)
             case wire.AbortWeights():

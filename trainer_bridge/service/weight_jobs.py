@@ -147,6 +147,15 @@ class WeightJobs:
                 if serial is not None:
                     self._send(push.sender, wire.WeightsCredit(push_id=message.push_id, serial=serial))
 
+    def parts(self, message: wire.WeightsParts, payload: memoryview) -> None:
+        """Several of them."""
+        last = len(message.parts) - 1
+        for i, part in enumerate(message.parts):
+            if isinstance(part, wire.WeightsTensor):
+                self.tensor(part)
+            else:
+                self.chunk(part, payload if i == last else memoryview(b""))
+
     def commit(self, sender: bytes, message: wire.CommitWeights) -> None:
         """Apply the push, or say again what became of it.
 

@@ -38,12 +38,16 @@ from longtail.trainer_bridge.wire import (
     Transport,
     WeightsApplied,
     WeightsChunk,
+    WeightsParts,
     WeightsReady,
     WeightsTensor,
 )
 
 VllmTransport = Literal["nccl", "ipc"]
 PushTransport = Literal["auto", "zmq", "shm", "nccl", "ipc"]
+#: A message is sent when a window has this many parts: so the service works on one while the next is made.
+_WINDOW_PARTS = 4
+
 Phase = Literal["begin", "produce", "encode", "send", "wait", "apply", "total"]
 
 
@@ -255,6 +259,7 @@ class _Run:
     checksums: dict[str, str] = field(default_factory=dict)
     window: int = 1
     chunk_bytes: int = 1
+    parts: list[WeightsTensor | WeightsChunk] = field(default_factory=list)
     serial: int = 0
     num_sent: int = 0
     num_bytes: int = 0
@@ -307,6 +312,7 @@ class _Run:
 
     def commit(self) -> WeightsApplied:
         channel = self.channel
+        self._flush()
         message = CommitWeights(
             request_id=channel.next_id(),
             push_id=channel.push_id,
@@ -363,8 +369,7 @@ class _Run:
             payload_bytes=num_bytes,
             num_changed=num_changed,
         )
-        with self.clock("send"):
-            self.channel.send(message)
+        self.parts.append(message)
         self.num_sent += 1
 
     def _send_bytes(self, data: npt.NDArray[np.uint8], checksum: Callable[[], str], hasher: Any) -> None:
@@ -394,13 +399,24 @@ class _Run:
                 checksum=checksum() if is_last else None,
                 num_bytes=len(chunk) if in_message else 0,
             )
-            start = time.perf_counter()
-            self.channel.send(message, chunk.data if in_message else None)
-            self._add("send", start)
+            self.parts.append(message)
             self.serial += 1
             self.num_bytes += len(chunk)
+            if in_message or self.serial % max(1, self.window // _WINDOW_PARTS) == 0:
+                self._flush(chunk if in_message else None)
+
+    def _flush(self, payload: npt.NDArray[np.uint8] | None = None) -> None:
+        """Send what has gathered; `payload` are the bytes of the last part."""
+        if not self.parts:
+            return
+        num_bytes = 0 if payload is None else len(payload)
+        message = WeightsParts(push_id=self.channel.push_id, parts=self.parts, num_bytes=num_bytes)
+        with self.clock("send"):
+            self.channel.send(message, None if payload is None else payload.data)
+        self.parts = []
 
     def _wait_for_room(self) -> None:
         if (lowest := self.serial - self.window) > self.channel.credited:
+            self._flush()
             with self.clock("wait"):
                 self.channel.wait_credit(lowest, f"chunk {lowest} of the weights to be taken", self.timeout_s)

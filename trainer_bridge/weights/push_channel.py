@@ -5,8 +5,7 @@ push (a refusal, a lost session, a client that is closed, a timeout) is raised b
 
     with client.push_channel(push_id) as channel:
         ready = channel.request(BeginWeights(request_id=channel.next_id(), ...), "the service to take weights", 60.0)
-        channel.send(WeightsTensor(...))
-        channel.send(WeightsChunk(serial=0, ...), payload)
+        channel.send(WeightsParts(parts=[WeightsTensor(...), WeightsChunk(serial=0, ...)], ...), payload)
         channel.wait_credit(0, "chunk 0 to be taken", 60.0)
         applied = channel.request(CommitWeights(request_id=channel.next_id(), ...), "the weights to be applied", 600.0)
 """
@@ -17,7 +16,8 @@ from typing import Protocol
 
 from longtail.trainer_bridge import wire
 
-#: What a pusher may ask, and what it gets.
+#: What a pusher sends without waiting, what it may ask, and what it gets.
+PushPart = wire.WeightsTensor | wire.WeightsChunk | wire.WeightsParts
 PushRequest = wire.BeginWeights | wire.CommitWeights | wire.ControlWeights
 PushReply = wire.WeightsReady | wire.WeightsApplied | wire.Done
 
@@ -52,9 +52,7 @@ class PushChannel(Protocol):
     def next_id(self) -> int:
         """A fresh `request_id`."""
 
-    def send(
-        self, message: wire.WeightsTensor | wire.WeightsChunk | wire.AbortWeights, payload: wire.Buffer | None = None
-    ) -> None:
+    def send(self, message: PushPart, payload: wire.Buffer | None = None) -> None:
         """Queue a message; returns at once. Messages of a push go out in the order of the calls.
 
         Nothing here bounds the queue: the pusher does, by its window. `payload` is not copied. It is kept alive, and
