@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import sys
+import weakref
 from contextlib import suppress
 from typing import Self
 
@@ -44,7 +45,8 @@ class SharedMemory:
         self.num_bytes = len(mapping)
         self.buffer = memoryview(mapping)
         self._mapping = mapping
-        self._fd = fd
+        # The mapping needs no help; the descriptor is ours.
+        self._close_fd = None if fd is None else weakref.finalize(self, os.close, fd)
 
     @classmethod
     def create(cls, name: str, num_bytes: int) -> Self:
@@ -111,18 +113,11 @@ class SharedMemory:
 
     def close(self) -> None:
         """Give up the path; the memory goes with the last view of it. Safe to call twice."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        if self._close_fd is not None:
+            self._close_fd()
         with suppress(BufferError):
             self.buffer.release()
             self._mapping.close()
-
-    def __del__(self) -> None:
-        # The mapping needs no help; the descriptor is ours.
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
 
 
 def _available_bytes() -> int:

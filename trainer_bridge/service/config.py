@@ -50,9 +50,9 @@ class BridgeConfig:
     max_unacked: int = 4096
     max_unacked_bytes: int = 1 << 30
     max_prompt_bytes: int = 1 << 28
-    chunk_bytes: int = 1 << 22
-    num_chunks: int = 8
-    slot_bytes: int = 1 << 20
+    chunk_bytes: int = 1 << 20
+    num_chunks: int = 16
+    slot_bytes: int = 1 << 21
     num_slots: int = 8
 
     def __post_init__(self) -> None:
