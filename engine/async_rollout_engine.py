@@ -147,9 +147,11 @@ class AsyncRolloutEngine:
             raise WeightsHookError(version, pause_s, error) from error
         return pause_s
 
-    async def control_weights(self, op: ControlOp, info: Mapping[str, Any], version: int | None = None) -> None:
+    async def control_weights(
+        self, op: ControlOp, info: Mapping[str, Any], version: int | None = None, *, may_repeat: bool = False
+    ) -> None:
         """See `RolloutEngine.control_weights`."""
-        await asyncio.wrap_future(self._engine.control_weights(op, info, version))
+        await asyncio.wrap_future(self._engine.control_weights(op, info, version, may_repeat=may_repeat))
         if op == "finish":
             await asyncio.wrap_future(self._engine.tell_hooks(self.weight_version))
 

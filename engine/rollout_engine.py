@@ -115,14 +115,17 @@ class EngineAndBook:
 
         return self.driver.call_later(update)
 
-    def control_weights(self, op: ControlOp, info: Mapping[str, Any], version: int | None) -> Future[None]:
+    def control_weights(
+        self, op: ControlOp, info: Mapping[str, Any], version: int | None, *, may_repeat: bool
+    ) -> Future[None]:
         """One step of vLLM's own weight transfer, between two steps of the engine."""
         if op not in get_args(ControlOp):
             raise InvalidInputError("op", "one of " + ", ".join(get_args(ControlOp)), op)
         check_backend(self.driver, is_own=False)
 
         def step(link: CoreLink) -> None:
-            new = checked_version(version, self.driver.weight_version) if op == "finish" else None
+            current = self.driver.weight_version
+            new = checked_version(version, current, may_repeat=may_repeat) if op == "finish" else None
             control_weights(self.driver, link, op, info, new)
             if op == "finish":
                 self._tell_run()
@@ -382,7 +385,9 @@ class RolloutEngine:
             raise WeightsHookError(version, pause_s, error) from error
         return pause_s
 
-    def control_weights(self, op: ControlOp, info: Mapping[str, Any], version: int | None = None) -> None:
+    def control_weights(
+        self, op: ControlOp, info: Mapping[str, Any], version: int | None = None, *, may_repeat: bool = False
+    ) -> None:
         """Make a step of vLLM's own weight transfer, in an engine with that `EngineConfig.weight_transfer`.
 
         Generation pauses from `start` to `finish`.
@@ -391,13 +396,15 @@ class RolloutEngine:
             op: what vLLM's `VLLMWeightSyncClient` has a method for: `init`, `start`, `update`, `finish`.
             info: its argument.
             version: of the new weights, above the current one; with `finish`, one more by default.
+            may_repeat: see `update_weights`.
 
         Raises:
             InvalidInputError: the step is not the next one, or the engine has another backend.
             Exception: what vLLM says. After `start` the engine is dead then, because vLLM can't put weights back.
 
         """
-        self._driver.wait(self._engine.control_weights(op, info, version), f"vLLM to {op} a transfer of weights")
+        future = self._engine.control_weights(op, info, version, may_repeat=may_repeat)
+        self._driver.wait(future, f"vLLM to {op} a transfer of weights")
         if op == "finish":
             self._driver.wait(self._engine.tell_hooks(self.weight_version), "the hooks for new weights")
 

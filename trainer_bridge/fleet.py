@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -387,6 +388,11 @@ class FleetGroupStream:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        for reader in getattr(self, "_readers", ()):
+            with suppress(Exception):
+                reader.close(cancel=True)
 
     def _poll(self) -> Group | None:
         for _ in self._readers:

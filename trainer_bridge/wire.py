@@ -129,6 +129,7 @@ class Hello(Message, frozen=True):
         cursor: what the consumer has used for good, so that it must not come again; `None` goes on where the service
             last heard of.
         credit: how many deliveries beyond the cursor may be sent unasked.
+        received: deliveries up to here this client has, used or not: they need not be sent again. 0 if it has none.
 
     """
 
@@ -137,6 +138,7 @@ class Hello(Message, frozen=True):
     instance: str
     cursor: Cursor | None = None
     credit: int = 0
+    received: int = 0
 
 
 class Goodbye(Message, frozen=True):
@@ -211,7 +213,7 @@ class BeginWeights(Message, frozen=True):
     Attributes:
         push_id: random.
         version: of the new weights, above the engine's.
-        base_version: the engine's version, to which every tensor is a difference; `None` for a full push.
+        base_version: the engine's version, to which tensors are differences; `None` for a full push.
         transport: where the bytes of the chunks are: in the third frame, or in the service's shared memory.
 
     """
@@ -224,7 +226,7 @@ class BeginWeights(Message, frozen=True):
 
 
 class WeightsTensor(Message, frozen=True):
-    """Tensor number `index` of a push begins; `num_bytes` of it follow in chunks.
+    """Tensor number `index` of a push begins; its `payload_bytes` follow in chunks.
 
     Attributes:
         num_changed: of a difference, how many elements changed. Its bytes are their flat indices, ascending, as

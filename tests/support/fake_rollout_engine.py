@@ -143,7 +143,12 @@ class FakeRolloutEngine:
         self.weight_version = version
         return 0.25
 
-    def control_weights(self, op: str, info: Mapping[str, Any], version: int | None = None) -> None:
+    def control_weights(
+        self, op: str, info: Mapping[str, Any], version: int | None = None, *, may_repeat: bool = False
+    ) -> None:
+        if self.update_fails_with is not None:
+            raise self.update_fails_with
+        self.may_repeat.append(may_repeat)
         self.updates.append(({"op": op, **info}, version or 0))
         if op == "finish":
             self.weight_version = version or self.weight_version + 1

@@ -198,6 +198,7 @@ def test_prompts_are_appended(service: ScriptedService) -> None:
         ({"prompts": PROMPTS, "target_groups": 1, "over_provision": 0.5}, "over_provision"),
         ({"prompts": PROMPTS, "target_groups": 1, "sampling": {}}, "sampling"),
         ({"prompts": PROMPTS, "target_groups": 1, "round_id": ""}, "round_id"),
+        ({"prompts": PROMPTS, "target_groups": 1, "round_id": "~round-1"}, "round_id"),
         ({"prompts": PROMPTS, "target_groups": 1, "timeout_s": 0}, "timeout_s"),
         ({"prompts": PROMPTS, "target_groups": 1, "timeout_s": float("nan")}, "timeout_s"),
     ],
@@ -546,7 +547,7 @@ def test_the_newer_client_of_a_consumer_takes_over(service: ScriptedService) -> 
         thread.join(10)
         until(lambda: old._calls.session.failure is not None)
         for call in (old.checksum, old.ack, lambda: old.rollout(PROMPTS, target_groups=1), lambda: old.status):
-            with pytest.raises(BridgeClosedError, match="took the session over"):
+            with pytest.raises(BridgeClosedError, match="is another client's"):
                 call()
         old.close()
         assert new.rollout(PROMPTS, target_groups=1).groups

@@ -383,22 +383,46 @@ def test_a_tail_that_was_lost_is_missed() -> None:
 def test_evaluations_of_an_earlier_process_are_dropped() -> None:
     service = Service()
     for kind in ("group", "round"):
-        service.put("eval-77", kind)
+        service.put("~eval-77", kind)
     world = opened(service=service)
     run(world, 6)
     assert world.session.cursor.seq == 2
     assert world.session.shelves.unclaimed == []
 
 
+def test_rounds_with_names_that_look_like_evaluations_are_kept() -> None:
+    """A trainer that calls its rounds so would otherwise lose one that came before it asked for it."""
+    service = Service()
+    for kind in ("group", "round"):
+        service.put("eval-77", kind)
+    world = opened(service=service)
+    run(world, 6)
+    assert world.session.cursor.seq == 0
+    assert world.session.shelves.unclaimed == ["eval-77"]
+
+
+def test_what_a_closed_stream_still_gave_goes_to_the_next_one() -> None:
+    service = Service()
+    world = opened(service=service, prefetch=16)
+    first = world.session.claim("~stream-1", lambda: None, is_stream=True)
+    world.session.release(first, is_over=True)
+    second = world.session.claim("~stream-2", lambda: None, is_stream=True)
+    service.put("~stream-1", "group")
+    service.put("~stream-1", "round")
+    run(world, 6)
+    assert [entry.seq for entry in second.entries] == [1, 2]
+    assert world.session.shelves.unclaimed == []
+
+
 def test_a_stream_without_a_name_takes_up_what_such_streams_left() -> None:
     service = Service()
-    for round_id in ("stream-1", "other", "stream-2"):
+    for round_id in ("~stream-1", "other", "~stream-2"):
         service.put(round_id, "group")
     world = opened(service=service, prefetch=16)
     run(world, 6)
-    shelf = world.session.claim("stream-3", lambda: None, is_stream=True)
-    service.put("stream-2", "group")
-    service.put("stream-9", "group")
+    shelf = world.session.claim("~stream-3", lambda: None, is_stream=True)
+    service.put("~stream-2", "group")
+    service.put("~stream-9", "group")
     run(world, 6)
     assert [entry.seq for entry in shelf.entries] == [1, 3, 4, 5]
     assert world.session.shelves.unclaimed == ["other"]

@@ -143,6 +143,14 @@ def test_a_stream_takes_turns(services: list[ScriptedService]) -> None:
             service.wait_for(wire.CancelRound)
 
 
+def test_a_stream_that_is_dropped_ends(services: list[ScriptedService]) -> None:
+    with connect(services) as fleet:
+        stream = fleet.stream(PROMPTS, num_groups=8)
+        del stream
+        for service in services:
+            service.wait_for(wire.CancelRound)
+
+
 def test_no_fleet_without_all(services: list[ScriptedService]) -> None:
     addresses = [services[0].address, "tcp://127.0.0.1:9"]
     with pytest.raises(BridgeTimeoutError, match=r"127\.0\.0\.1:9"):

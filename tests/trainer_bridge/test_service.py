@@ -15,15 +15,17 @@ import pytest
 import zmq
 from fake_rollout_engine import FakeMemory, FakeRolloutEngine
 from raw_bridge_client import RawBridgeClient, raw_client, wait_until
-from wire_examples import TO_SERVICE
+from wire_examples import TO_SERVICE, trajectory
 
 from longtail.engine.config import SamplingConfig
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.journal import Journal, JournalError
 from longtail.engine.prompts import Prompt
+from longtail.engine.trajectory import Group
 from longtail.trainer_bridge import wire
 from longtail.trainer_bridge.service.config import BridgeConfig
 from longtail.trainer_bridge.service.door import Door
+from longtail.trainer_bridge.service.round_jobs import _encoded
 from longtail.trainer_bridge.service.service import BridgeService
 
 HEARTBEAT_S = 0.1
@@ -161,6 +163,28 @@ def test_cancel(client: RawBridgeClient, engine: FakeRolloutEngine, is_running: 
     client.read_round("second" if is_running else "first")
     assert client.start(name, 2).state == "started"  # starting it again is allowed
     client.read_round(name)
+
+
+def test_a_round_that_was_cancelled_makes_room_before_it_has_ended(
+    client: RawBridgeClient, engine: FakeRolloutEngine
+) -> None:
+    client.append(PROMPTS)
+    engine.may_finish.clear()
+    client.start("first", 2)
+    wait_until(lambda: bool(engine.calls))
+    client.start("second", 2)
+    client.ask(wire.CancelRound(request_id=0, round_id="second"))
+    assert client.start("second", 2).state == "queued"
+    engine.may_finish.set()
+    client.read_round("second")
+    assert not [message for message, _ in client.seen if isinstance(message, wire.RoundFailed)]
+
+
+def test_metadata_that_cannot_be_sent_does_not_cost_the_group() -> None:
+    members = [trajectory(metadata={"a": 1}), trajectory(trajectory_id="r/0/1", metadata={"x": object()})]
+    group = wire.decode_result(_encoded(Group(group_id="g", trajectories=members, complete=True)), Group)
+    assert [one.metadata for one in group.trajectories] == [{}, {}]
+    assert [one.output_token_ids for one in group.trajectories] == [one.output_token_ids for one in members]
 
 
 def test_a_round_that_fails_says_why_and_the_next_one_runs(client: RawBridgeClient, engine: FakeRolloutEngine) -> None:

@@ -26,8 +26,11 @@ def greet(
     now_s: float = 0.0,
     acked: int = 0,
     last_seq: int = 9,
+    received: int = 0,
 ) -> Greeting:
-    hello = wire.Hello(request_id=1, consumer=consumer, instance=instance, cursor=cursor, credit=credit)
+    hello = wire.Hello(
+        request_id=1, consumer=consumer, instance=instance, cursor=cursor, credit=credit, received=received
+    )
     return reception.greet(sender, hello, now_s, epoch=EPOCH, acked=acked, last_seq=last_seq)
 
 
@@ -93,6 +96,16 @@ def test_another_consumer_waits_until_the_first_is_dead() -> None:
     greeting = greet(reception, b"2", "other", now_s=3.1 + 2.0 * ALIVE_HEARTBEATS)
     assert greeting.displaced == b"1"
     assert not reception.is_known(b"1")
+    assert reception.leave(b"2")
+    greet(reception, b"1")  # it was only silent, and nobody has the engine now
+
+
+def test_what_a_client_has_is_not_sent_again() -> None:
+    for received, first in ((0, 3), (5, 6), (2, 3), (99, 10), (-1, 3)):
+        reception = Reception(1.0)
+        greeting = greet(reception, cursor=wire.Cursor(EPOCH, 2), received=received)
+        assert greeting.used == 2
+        assert reception.next_seq(last_seq=12) == first
 
 
 def test_a_consumer_that_left_holds_nobody_up() -> None:

@@ -298,6 +298,49 @@ def test_a_begin_that_is_repeated_while_it_is_prepared(bridge: Bridge) -> None:
     assert bridge.staging.calls == ["begin", "prepare"]
 
 
+def test_a_begin_that_is_repeated_is_answered_again(bridge: Bridge) -> None:
+    for _ in range(2):
+        assert isinstance(bridge.client.begin("p", 1), wire.WeightsReady)
+    bridge.send()
+    assert isinstance(bridge.client.commit("p", 1, "d"), wire.WeightsApplied)
+    assert bridge.staging.calls == ["begin", "prepare", "tensor", "chunk", "commit", "applied"]
+
+
+def test_no_push_begins_before_all_that_was_asked_for_is_done(bridge: Bridge) -> None:
+    """A checksum that ends while a push is applied does not make room for another one."""
+    bridge.client.begin("p", 1)
+    bridge.send()
+    bridge.engine.may_update.clear()
+    checksum, may_sum = bridge.engine.weights_checksum, threading.Event()
+
+    def slow() -> str:
+        assert may_sum.wait(20)
+        return checksum()
+
+    bridge.engine.weights_checksum = slow  # type: ignore[method-assign]
+    bridge.client.send(wire.AskChecksum(request_id=500))
+    bridge.client.send(wire.CommitWeights(request_id=501, push_id="p", num_tensors=1, digest="d"))
+    may_sum.set()
+    bridge.client.wait_for(wire.Checksum)
+    assert bridge.client.begin("q", 2).code == "busy"
+    bridge.engine.may_update.set()
+    assert bridge.client.wait_for(wire.WeightsApplied).version == 1
+    assert isinstance(bridge.push("q", 2), wire.WeightsApplied)
+
+
+@pytest.mark.parametrize("what", ["push", "bytes", "no part"])
+def test_parts_that_do_not_belong_together_end_the_push(bridge: Bridge, what: str) -> None:
+    bridge.client.begin("p", 1)
+    tensor = wire.WeightsTensor(push_id="q" if what == "push" else "p", index=0, spec=SPEC, payload_bytes=8)
+    chunk = wire.WeightsChunk(push_id="p", serial=0, offset=0, length=8, num_bytes=8)
+    parts: list[Any] = {"push": [tensor, chunk], "bytes": [chunk, tensor], "no part": []}[what]
+    bridge.client.send(wire.WeightsParts(push_id="p", parts=parts, num_bytes=8), bytes(8))
+    refused = bridge.client.wait_for(wire.Refused)
+    assert (refused.push_id, refused.code) == ("p", "invalid")
+    assert refused.field == ("parts.push_id" if what == "push" else "num_bytes")
+    assert bridge.staging.calls == ["begin", "prepare", "abort"]
+
+
 def test_messages_of_an_unknown_push_are_refused_once(bridge: Bridge) -> None:
     for _ in range(3):
         bridge.send("unknown")
@@ -317,13 +360,13 @@ def test_vllms_own_transfer_is_stepped(bridge: Bridge) -> None:
 
 
 @pytest.mark.parametrize("when", ["after start", "during start"])
-@pytest.mark.parametrize("how", ["goodbye", "takeover", "gone"])
+@pytest.mark.parametrize("how", ["goodbye", "takeover", "gone", "abort"])
 def test_a_transfer_that_nobody_can_finish_ends_the_service(bridge: Bridge, how: str, when: str) -> None:
     control, may_start = bridge.engine.control_weights, threading.Event()
 
-    def slow(op: str, info: dict[str, Any], version: int | None = None) -> None:
+    def slow(op: str, info: dict[str, Any], version: int | None = None, **options: Any) -> None:
         assert may_start.wait(20)
-        control(op, info, version)
+        control(op, info, version, **options)
 
     bridge.engine.control_weights = slow  # type: ignore[method-assign, assignment]
     bridge.client.send(wire.ControlWeights(request_id=500, op="start"))
@@ -334,6 +377,9 @@ def test_a_transfer_that_nobody_can_finish_ends_the_service(bridge: Bridge, how:
         bridge.client.ask(wire.Goodbye(request_id=0))
     elif how == "takeover":
         bridge.client.hello(instance="new")
+    elif how == "abort":
+        bridge.client.send(wire.AbortWeights(push_id="p"))
+        bridge.client.ask(wire.CancelRound(request_id=0, round_id="none"))  # it was taken by now
     else:
         bridge.client.wait_for(wire.Heartbeat)  # the step was taken
         bridge.client.close()
@@ -341,7 +387,26 @@ def test_a_transfer_that_nobody_can_finish_ends_the_service(bridge: Bridge, how:
     assert when == "after start" or bridge.service.failure is None
     may_start.set()
     wait_until(lambda: bridge.service.failure is not None)
-    assert "between start and finish" in str(bridge.service.failure)
+    assert "after its start" in str(bridge.service.failure)
+
+
+def test_a_step_of_a_transfer_that_takes_too_long_ends_the_service(bridge: Bridge) -> None:
+    bridge.engine.update_fails_with = EngineTimeoutError("vLLM to start a transfer of weights", 1.0)
+    assert bridge.client.ask(wire.ControlWeights(request_id=0, op="start")).code == "engine"
+    wait_until(lambda: isinstance(bridge.service.failure, EngineTimeoutError))
+
+
+def test_vllms_transfer_may_bring_the_version_that_is_needed() -> None:
+    engine = FakeRolloutEngine(weight_version=7)
+    with (
+        BridgeService(engine, BridgeConfig(heartbeat_s=0.1), staging=None, weights_needed=7) as service,
+        raw_client(service.address) as client,
+    ):
+        for op in ("start", "update", "finish"):
+            version = 7 if op == "finish" else None
+            assert isinstance(client.ask(wire.ControlWeights(request_id=0, op=op, version=version)), wire.Done)
+        assert engine.may_repeat == [True, True, True]
+        assert service.status().state == "idle"
 
 
 def test_a_transfer_that_was_finished_can_be_left(bridge: Bridge) -> None:

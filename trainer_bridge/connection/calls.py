@@ -22,7 +22,7 @@ from longtail.trainer_bridge.connection.prompts import PromptFeed, encode_prompt
 from longtail.trainer_bridge.connection.push import ClientPush
 from longtail.trainer_bridge.connection.round_reader import RecentIds, RoundReader, StreamReader
 from longtail.trainer_bridge.connection.session import ClientSession
-from longtail.trainer_bridge.connection.shelves import EVALUATION_IDS, ROUND_IDS, STREAM_IDS
+from longtail.trainer_bridge.connection.shelves import EVALUATION_IDS, MADE_UP, ROUND_IDS, STREAM_IDS
 from longtail.trainer_bridge.errors import BridgeTimeoutError, InvalidInputError
 from longtail.trainer_bridge.keys import ClientKeys
 
@@ -333,3 +333,5 @@ def _check_round(group_size: object, sampling: object, field: str, round_id: obj
         raise InvalidInputError("sampling", "a SamplingConfig", sampling)
     if round_id is not None:
         _check_name(field, round_id)
+        if str(round_id).startswith(MADE_UP):
+            raise InvalidInputError(field, f"a name that does not begin with {MADE_UP}, as made-up ones do", round_id)

@@ -225,7 +225,7 @@ class RoundReader(ShelfReader):
 
     @property
     def is_evaluation(self) -> bool:
-        """Nobody can take it up again."""
+        """It is one without a name, which nobody can take up again."""
         return self.round_id.startswith(EVALUATION_IDS)
 
     def _show(self, trajectory: Trajectory) -> None:

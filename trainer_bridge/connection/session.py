@@ -433,13 +433,21 @@ class ClientSession:
             shelf.is_done = message.state == "done"
         if isinstance(message, wire.PromptsAppended) and self.status is not None:
             self.status = msgspec.structs.replace(self.status, num_prompts=message.num_prompts)
-        if isinstance(message, wire.WeightsApplied) and self.status is not None:
-            self.status = msgspec.structs.replace(self.status, weight_version=message.version)
-            if self.weights_needed is not None and message.version >= self.weights_needed:
-                self.weights_needed = None
+        if isinstance(message, wire.WeightsApplied):
+            self._note_weights(message.version)
         request = self._requests.pop(getattr(message, "reply_to", None))
         if request is not None:
+            asked = request.message
+            if isinstance(message, wire.Done) and isinstance(asked, wire.ControlWeights) and asked.version is not None:
+                self._note_weights(asked.version)
             request.on_reply(message)
+
+    def _note_weights(self, version: int) -> None:
+        """The engine has these."""
+        if self.status is not None:
+            self.status = msgspec.structs.replace(self.status, weight_version=version)
+        if self.weights_needed is not None and version >= self.weights_needed:
+            self.weights_needed = None
 
     def _take_refusal(self, message: wire.Refused) -> None:
         if message.code == "session":
@@ -449,7 +457,7 @@ class ClientSession:
                 self._lose_session(hello_in_s=_FORGOTTEN_AGAIN_S if is_again else 0.0)
         elif message.reply_to in self._hellos:
             is_taken_over = message.code == "busy" and self.num_sessions > 0
-            self.fail(self._taken_over() if is_taken_over else refusal(self.peer, message))
+            self.fail(self._taken_over(message) if is_taken_over else refusal(self.peer, message))
         elif (request := self._requests.pop(message.reply_to)) is not None:
             if isinstance(request.message, wire.StartRound):
                 self._rounds.pop(request.message.round_id, None)
@@ -457,7 +465,7 @@ class ClientSession:
         elif self.push is not None and message.push_id == self.push.push_id:
             self.push.fail(refusal(self.peer, message, is_push=True))
         elif message.reply_to is None and message.push_id is None and message.code == "busy":
-            self.fail(self._taken_over())
+            self.fail(self._taken_over(message))
         else:
             self._refuse_repeated_start(message)
 
@@ -537,6 +545,7 @@ class ClientSession:
             instance=self._instance,
             cursor=cursor,
             credit=self.shelves.wanted_credit - self.acked,
+            received=0 if self.welcome is None else self.shelves.received,
         )
         self._send(hello)
 
@@ -557,8 +566,8 @@ class ClientSession:
         if hello_in_s == 0.0:
             self._hello()
 
-    def _taken_over(self) -> BridgeClosedError:
-        return BridgeClosedError(self.peer, f"another client of the consumer {self._consumer!r} took the session over")
+    def _taken_over(self, message: wire.Refused) -> BridgeClosedError:
+        return BridgeClosedError(self.peer, f"the session is another client's: {message.message}")
 
     def _fail_round(self, round_id: str, error: Exception) -> None:
         self._rounds.pop(round_id, None)

@@ -14,9 +14,10 @@ from typing import Literal
 from longtail.engine.trajectory import Group, Round
 from longtail.trainer_bridge.errors import InvalidInputError
 
-#: Ids that the client makes up, by the kind of call. Nobody can ask for such a round by name after a restart: a call of
-#: the same kind takes it up, and an evaluation is dropped.
-ROUND_IDS, STREAM_IDS, EVALUATION_IDS = "round-", "stream-", "eval-"
+#: Ids that the client makes up, by the kind of call; those of users do not begin with the first character. Nobody asks
+#: for such a round by name after a restart: a call of the same kind takes it up, and an evaluation is dropped.
+MADE_UP = "~"
+ROUND_IDS, STREAM_IDS, EVALUATION_IDS = "~round-", "~stream-", "~eval-"
 
 #: Previews that nobody has looked at; older ones are dropped, as any preview may be.
 _MAX_PREVIEWS = 1024
@@ -223,7 +224,7 @@ class Shelves:
 
     def _heir(self, round_id: str) -> Shelf | None:
         """The stream that takes up what a stream of an earlier process delivers still."""
-        if not round_id.startswith(STREAM_IDS) or round_id in self._closed_streams:
+        if not round_id.startswith(STREAM_IDS):
             return None
         for shelf in self:
             if shelf.is_stream and shelf.is_claimed and shelf.round_id.startswith(STREAM_IDS):

@@ -64,7 +64,12 @@ class Engine(Protocol):
     def update_weights(self, update_info: Mapping[str, Any], version: int, *, may_repeat: bool = False) -> float: ...
 
     def control_weights(
-        self, op: Literal["init", "start", "update", "finish"], info: Mapping[str, Any], version: int | None = None
+        self,
+        op: Literal["init", "start", "update", "finish"],
+        info: Mapping[str, Any],
+        version: int | None = None,
+        *,
+        may_repeat: bool = False,
     ) -> None: ...
 
     def weights_checksum(self) -> str: ...

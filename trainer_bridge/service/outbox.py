@@ -122,6 +122,7 @@ class Outbox:
                 self._replay(self._journal)
             if not self.epoch:
                 self._commit([(_State(secrets.token_hex(8), secrets.token_hex(8)), None)])
+            self._compact_if_large()
         except BaseException:
             self.close()
             raise

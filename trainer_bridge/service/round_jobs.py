@@ -160,7 +160,8 @@ class RoundJobs:
             return "done"
         encoded = None if prompts is None else wire.encode_payload(prompts)
         with self._lock:
-            if (known := self._jobs.get(request.round_id)) is not None:
+            # One that was cancelled and has not ended yet makes room for the next of its id.
+            if (known := self._jobs.get(request.round_id)) is not None and not known.is_cancelled:
                 return "running" if known.is_running else "queued"
             if self._death is not None or self._closing.is_set():
                 raise self._death or Refusal("session", "the service ends: say hello to the next one")
@@ -234,10 +235,11 @@ class RoundJobs:
                     _logger.warning("round %s failed", job.round_id, exc_info=True)
                 failure = round_failed(error, job.round_id)
             with self._lock:
-                # Told before it may be started again, so that nobody takes it for the failure of the next one.
-                if failure is not None and not self._closing.is_set():
-                    self._tell(failure, None)
-                del self._jobs[job.round_id]
+                if self._jobs.get(job.round_id) is job:
+                    # Told before it may be started again, so that nobody takes it for the failure of the next one.
+                    if failure is not None and not self._closing.is_set():
+                        self._tell(failure, None)
+                    del self._jobs[job.round_id]
 
     def _run(self, job: _Job) -> None:
         try:
@@ -313,7 +315,7 @@ class RoundJobs:
             if (group := next(stream, None)) is None:
                 break
             if self._is_new(group):
-                put = partial(self._outbox.put_group, job.round_id, wire.encode_payload(group), group_key(group))
+                put = partial(self._outbox.put_group, job.round_id, _encoded(group), group_key(group))
                 self._keep(put)
                 num_groups += 1
                 num_tokens += self._count(group)
@@ -323,7 +325,7 @@ class RoundJobs:
     def _keep_round(self, round_: Round) -> None:
         is_own = round_.carry is None
         groups = [group for group in round_.groups if is_own or self._is_new(group)]
-        payloads = [wire.encode_payload(group) for group in groups]
+        payloads = [_encoded(group) for group in groups]
         end = wire.encode_payload(_without_groups(round_))
         if self._keep(lambda: self._outbox.put_round(round_.round_id, payloads, end, is_own=is_own)):
             for group in groups:
@@ -399,6 +401,16 @@ def group_key(group: Group) -> str | None:
     for trajectory in group.trajectories:
         return trajectory.trajectory_id.rpartition("/")[0].rpartition(".")[0] or None
     return None
+
+
+def _encoded(group: Group) -> bytes:
+    """A group; metadata that a hook has made unsendable is left out, because the tokens matter more."""
+    try:
+        return wire.encode_payload(group)
+    except (TypeError, ValueError, OverflowError):
+        _logger.exception("metadata of group %s can't be sent, and is left out", group.group_id)
+        members = [replace(trajectory, metadata={}) for trajectory in group.trajectories]
+        return wire.encode_payload(replace(group, trajectories=members, metadata={}))
 
 
 def _without_groups(round_: Round) -> Round:

@@ -50,11 +50,6 @@ class Sender:
         self._lost = lost
         self._waiting: deque[list[wire.Buffer]] = deque()
 
-    @property
-    def has_waiting(self) -> bool:
-        """Messages wait for the trainer."""
-        return bool(self._waiting)
-
     def answer(self, receiver: bytes, message: wire.Message) -> None:
         """Send to whoever asked."""
         if self._reception.is_known(receiver):
@@ -78,6 +73,7 @@ class Sender:
 
     def flush(self) -> None:
         """Send what waits, as far as the connection takes it."""
+        self.is_blocked = False
         while self._waiting and (session := self._reception.session) is not None:
             if self._has_failed(self._door.send(session.sender, self._waiting[0]), session.sender):
                 return

@@ -5,8 +5,9 @@ never waits: requests that write or tokenise go to the clerk, rounds to the thre
 of `weight_jobs.py`. These leave what they have to say in a box and ring the bell. Deliveries lie in the outbox, and go
 out as far as there is credit; everything else goes out when it is said, or waits in order until the trainer reads.
 
-When a thread of the service fails, or nothing more can be written, `failure` says why and the service ends. A dead
-engine does not end it: what runs is answered, what was delivered can be fetched, and the owner decides.
+When a thread of the service fails, or nothing more can be written, `failure` says why, and the owner is to close the
+service, as `longtail serve` does. A dead engine does not end it: what runs is answered, what was delivered can be
+fetched, and the owner decides.
 """
 
 from __future__ import annotations
@@ -297,12 +298,12 @@ class BridgeService:
             sender, hello, time.monotonic(), epoch=box.epoch, acked=box.acked, last_seq=box.last_seq
         )
         if greeting.displaced is not None:
-            error = Refusal("busy", "another client of this consumer took the session over")
+            error = Refusal("busy", f"a client of the consumer {hello.consumer!r} took the session over")
             self._door.send(greeting.displaced, wire.encode(refused(error)))
         if greeting.is_new:
             self._sender.forget()
             self._weights.leave("the session was lost")
-        used = greeting.session.next_seq - 1
+        used = greeting.used
         if used > box.acked:
             self._clerk.forget(used)
         self._sender.answer(

@@ -45,12 +45,14 @@ class Greeting:
     """What a hello led to.
 
     Attributes:
+        used: the last delivery that the consumer does not want.
         displaced: sender of another client of the consumer, which has no session any more.
         is_new: another client than before, or another connection of it: what it had under way is lost.
 
     """
 
     session: Session
+    used: int
     displaced: bytes | None
     is_new: bool
 
@@ -77,7 +79,7 @@ class Reception:
     ) -> Greeting:
         """Open the session of `hello`, or take it up again.
 
-        Deliveries go on after what the consumer has, or what it acknowledged, whichever is more.
+        Deliveries go on after what the client has, the consumer has used, or has acknowledged, whichever is most.
 
         Raises:
             Refusal: another consumer is alive, the client lost its session to another one, or its cursor is of
@@ -95,13 +97,15 @@ class Reception:
             raise Refusal("busy", "another client of this consumer took the session over", field="instance")
         used = _used(hello.cursor, epoch, acked, last_seq)
         is_same = old is not None and (old.consumer, old.instance) == (hello.consumer, hello.instance)
-        if old is not None and not is_same:
+        if old is not None and not is_same and old.consumer == hello.consumer:
             self._displaced.append((old.consumer, old.instance))
+        next_seq = max(used, min(hello.received, last_seq)) + 1
         self.session = Session(
-            hello.consumer, hello.instance, sender, used + 1, used + max(hello.credit, 0), heard_s=now_s
+            hello.consumer, hello.instance, sender, next_seq, used + max(hello.credit, 0), heard_s=now_s
         )
         return Greeting(
             self.session,
+            used,
             displaced=old.sender if old is not None and not is_same and old.sender not in (sender, NOBODY) else None,
             is_new=not (is_same and old is not None and old.sender == sender),
         )

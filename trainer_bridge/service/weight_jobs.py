@@ -41,6 +41,7 @@ class _Push:
     begun: wire.BeginWeights
     sender: bytes
     request_id: int
+    ready: wire.WeightsReady
     is_held: bool = False  # by the other thread
     is_applying: bool = False
     is_dropped: bool = False
@@ -61,7 +62,7 @@ class WeightJobs:
 
     Attributes:
         weights_needed: `None` once they came.
-        is_busy: the thread has something to do. `is_updating`: the engine is being changed.
+        is_updating: the engine is being changed.
         num_pushes: that were applied, which took `push_s` from begin to end and paused the engine for `pause_s`.
 
     """
@@ -77,7 +78,7 @@ class WeightJobs:
         weights_needed: int | None = None,
     ) -> None:
         self.weights_needed = weights_needed
-        self.is_busy = self.is_updating = False
+        self.is_updating = False
         self.num_pushes = 0
         self.num_refused = 0
         self.num_bytes = 0
@@ -91,6 +92,7 @@ class WeightJobs:
         self._push: _Push | None = None
         self._last: tuple[str, wire.Message] | None = None
         self._over: str | None = None
+        self._num_tasks = 0
         self._is_transferring = False
         self._is_left = False
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -121,16 +123,18 @@ class WeightJobs:
         if self._staging is None:
             raise Refusal("unsupported", "this engine takes no weights")
         push = self._push
-        if push is not None and push.begun.push_id == message.push_id and push.is_held and not push.is_applying:
+        if push is not None and push.begun.push_id == message.push_id and not push.is_applying:
+            # It is asked again, perhaps over another connection.
             push.sender, push.request_id, push.is_dropped = sender, message.request_id, False
+            if not push.is_held:
+                self._send(sender, replace(push.ready, reply_to=message.request_id))
             return
         self._check_free()
         self.drop("another push began")
         sizes = self._staging.begin(message)
-        self._push = push = _Push(message, sender, message.request_id, is_held=True)
         ready = wire.WeightsReady(reply_to=0, push_id=message.push_id, **sizes)
-        self.is_busy = True
-        self._tasks.put(partial(self._prepare, push, self._staging, ready))
+        self._push = push = _Push(message, sender, message.request_id, ready, is_held=True)
+        self._put(partial(self._prepare, push, self._staging))
 
     def tensor(self, message: wire.WeightsTensor) -> None:
         """A tensor of the push begins."""
@@ -149,12 +153,15 @@ class WeightJobs:
 
     def parts(self, message: wire.WeightsParts, payload: memoryview) -> None:
         """Several of them."""
-        last = len(message.parts) - 1
-        for i, part in enumerate(message.parts):
+        if (push := self._current(message.push_id)) is None:
+            return
+        with self._refusing(push):
+            _check_parts(message)
+        for part in message.parts:
             if isinstance(part, wire.WeightsTensor):
                 self.tensor(part)
             else:
-                self.chunk(part, payload if i == last else memoryview(b""))
+                self.chunk(part, payload if part.num_bytes else memoryview(b""))
 
     def commit(self, sender: bytes, message: wire.CommitWeights) -> None:
         """Apply the push, or say again what became of it.
@@ -174,12 +181,15 @@ class WeightJobs:
             raise Refusal("gap", "the push is not ready yet", field="push_id", got=message.push_id)
         push.sender, push.request_id = sender, message.request_id
         if not push.is_held:
-            push.is_held = push.is_applying = self.is_busy = self.is_updating = True
-            self._tasks.put(partial(self._apply, push, message, self._staging))
+            push.is_held = push.is_applying = self.is_updating = True
+            self._put(partial(self._apply, push, message, self._staging))
 
     def abort(self, message: wire.AbortWeights) -> None:
-        """Forget a push, unless it is being applied."""
-        if self._push is not None and self._push.begun.push_id == message.push_id:
+        """Forget a push, unless it is being applied; one of vLLM's own that has started can't be forgotten."""
+        if self._push is None:
+            self._is_left = True
+            self._check_left()
+        elif self._push.begun.push_id == message.push_id:
             self.drop("it was aborted", tell=False)
 
     def leave(self, why: str) -> None:
@@ -211,7 +221,12 @@ class WeightJobs:
         self.drop("vLLM's own transfer began")
 
         def step() -> wire.Message:
-            self._engine.control_weights(message.op, dict(message.info), message.version)
+            may_repeat = self.weights_needed is not None
+            try:
+                self._engine.control_weights(message.op, dict(message.info), message.version, may_repeat=may_repeat)
+            except EngineTimeoutError as error:
+                self._fail(error)  # nobody knows what it does, or did
+                raise
             return wire.Done(reply_to=message.request_id)
 
         def note(answer: wire.Message) -> None:
@@ -245,8 +260,13 @@ class WeightJobs:
 
         self._do(sender, message.request_id, ask)
 
+    def _put(self, task: Callable[[], None]) -> None:
+        """Have the thread do something, at the end of which it posts a function that counts it as done."""
+        self._num_tasks += 1
+        self._tasks.put(task)
+
     def _check_free(self) -> None:
-        if self.is_busy:
+        if self._num_tasks:
             raise Refusal("busy", "the engine's weights are being changed or read")
 
     def _current(self, push_id: str) -> _Push | None:
@@ -284,8 +304,8 @@ class WeightJobs:
         while (task := self._tasks.get()) is not None:
             task()
 
-    def _prepare(self, push: _Push, staging: WeightStaging, ready: wire.WeightsReady) -> None:
-        answer: wire.WeightsReady | wire.Refused = ready
+    def _prepare(self, push: _Push, staging: WeightStaging) -> None:
+        answer: wire.WeightsReady | wire.Refused = push.ready
         try:
             staging.prepare()
         except Exception as error:
@@ -341,7 +361,6 @@ class WeightJobs:
         then: Callable[[wire.Message], None] | None = None,
     ) -> None:
         """Answer a request with what `function` returns, after `then` was told of it in the socket's thread."""
-        self.is_busy = True
 
         def task() -> None:
             try:
@@ -351,19 +370,20 @@ class WeightJobs:
                 _logger.warning("a request about weights failed", exc_info=True)
 
             def tell() -> None:
-                self.is_busy = False
+                self._num_tasks -= 1
                 if then is not None:
                     then(answer)
                 self._send(sender, answer)
 
             self._post(tell)
 
-        self._tasks.put(task)
+        self._put(task)
 
     # ---- in the socket's thread again --------------------------------------------------------------------------
 
     def _prepared(self, push: _Push, answer: wire.WeightsReady | wire.Refused) -> None:
-        self.is_busy = push.is_held = False
+        self._num_tasks -= 1
+        push.is_held = False
         if push.is_dropped and isinstance(answer, wire.WeightsReady):
             answer = refused(Refusal("gap", "it was aborted"), 0, push.begun.push_id)
         if isinstance(answer, wire.Refused):
@@ -371,7 +391,8 @@ class WeightJobs:
         self._send(push.sender, replace(answer, reply_to=push.request_id))
 
     def _applied(self, push: _Push, outcome: wire.Message, pause_s: float) -> None:
-        self.is_busy = self.is_updating = False
+        self._num_tasks -= 1
+        self.is_updating = False
         self._last = (push.begun.push_id, outcome)
         self._over, self._push = push.begun.push_id, None
         if isinstance(outcome, wire.WeightsApplied):
@@ -388,12 +409,23 @@ class WeightJobs:
         """Nobody is there to finish a transfer; an engine that died of it is paused no more."""
         if self._is_left and self._is_transferring and self._engine.how_it_ended() is None:
             self._is_transferring = False
-            what = "the trainer left vLLM's weight transfer between start and finish: the engine can't go on"
+            what = "the trainer left or failed in vLLM's weight transfer after its start: the engine can't go on"
             self._fail(Refusal("engine", what))
 
     def _note_version(self, version: int | None) -> None:
         if self.weights_needed is not None and version is not None and version >= self.weights_needed:
             self.weights_needed = None
+
+
+def _check_parts(message: wire.WeightsParts) -> None:
+    """They are of the same push, and the bytes are those of the last one."""
+    for part in message.parts:
+        if part.push_id != message.push_id:
+            raise Refusal("invalid", "a part of another push", field="parts.push_id", got=part.push_id)
+    announced = [0 if isinstance(part, wire.WeightsTensor) else part.num_bytes for part in message.parts] or [0]
+    if announced[-1] != message.num_bytes or any(announced[:-1]):
+        expected = f"{message.num_bytes} bytes, of the last part"
+        raise Refusal("invalid", "the bytes belong to no part", field="num_bytes", expected=expected, got=announced)
 
 
 def _as_refusal(error: Exception, step: Literal["staged", "engine"]) -> Exception:

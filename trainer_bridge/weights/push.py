@@ -45,8 +45,8 @@ from longtail.trainer_bridge.wire import (
 
 VllmTransport = Literal["nccl", "ipc"]
 PushTransport = Literal["auto", "zmq", "shm", "nccl", "ipc"]
-#: A message is sent when a window has this many parts: so the service works on one while the next is made.
-_WINDOW_PARTS = 4
+#: Chunks in one message: at most this share of the window, so that the service works on some while others are made.
+_WINDOW_SHARE, _MAX_CHUNKS = 4, 64
 
 Phase = Literal["begin", "produce", "encode", "send", "wait", "apply", "total"]
 
@@ -402,7 +402,7 @@ class _Run:
             self.parts.append(message)
             self.serial += 1
             self.num_bytes += len(chunk)
-            if in_message or self.serial % max(1, self.window // _WINDOW_PARTS) == 0:
+            if in_message or self.serial % min(max(1, self.window // _WINDOW_SHARE), _MAX_CHUNKS) == 0:
                 self._flush(chunk if in_message else None)
 
     def _flush(self, payload: npt.NDArray[np.uint8] | None = None) -> None:

@@ -75,7 +75,7 @@ class PushChannel(Protocol):
 
         Raises:
             WeightsPushError, BridgeClosedError: as `send`.
-            BridgeTimeoutError: no reply in time. The push is not over by that: send `AbortWeights`.
+            BridgeTimeoutError: no reply in time. The push is not over by that; leaving its context aborts it.
 
         """
 
