@@ -12,6 +12,7 @@ Trajectories of 1,000 tokens, 8 a group, in rounds: from a service process witho
 and against pickle over ZeroMQ, both of which acknowledge and keep nothing.
 
 Last line: one JSON object with `shm_vs_memcpy`, `zmq_vs_memcpy` (bytes a second of the transfer over memcpy's),
+`bare_zmq_vs_memcpy` (the same bytes over a bare socket, neither checked nor kept: a bound on `zmq_vs_memcpy`),
 `shm_push_vs_memcpy`, `zmq_push_vs_memcpy` (of the whole push), `delta_speedup` (whole push by ZeroMQ over the
 difference by ZeroMQ, both with apply), `delta_transfer_speedup` (both without), `delta_bytes_ratio`, `pause_share`
 (pause over push by ZeroMQ while the engine generates), `lost_per_push_s` (what generating loses by such a push),
@@ -25,13 +26,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import bench_io
+import bridge_bare
 import bridge_http
 import bridge_pickle
 import httpx
@@ -81,11 +83,14 @@ def _measure_pushes(num_rounds: int) -> dict[str, Any]:
         _service(model, folder) as service,
         BridgeClient(service.address) as client,
         _peaks(service.pid) as peaks,
+        _bare(num_bytes) as send_bare,
     ):
         trainer = Trainer(client, weights)
         peaks.begin()
         for _ in range(num_rounds):
             copy_s = _seconds(lambda: np.copyto(target, source))
+            bare_s = _seconds(lambda: send_bare(weights.values()))
+            ratios.setdefault("bare_zmq_vs_memcpy", []).append(copy_s / bare_s)
             done = trainer.push_all()
             for arm, report in done.items():
                 reports.setdefault(arm, []).append(report)
@@ -138,6 +143,20 @@ class Trainer:
             flat = array.reshape(-1)
             places = self._rng.integers(0, flat.size, max(1, int(flat.size * CHANGED_SHARE)))
             flat[places] += np.float32(1e-5)
+
+
+@contextmanager
+def _bare(num_bytes: int) -> Iterator[Callable[[Iterable[np.ndarray[Any, Any]]], None]]:
+    """Sends arrays over a socket of its own, to a process that does nothing with them."""
+    command = [sys.executable, str(HERE / "bridge_bare.py")]
+    with bench_io.Worker(command, os.environ) as worker, zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.connect(worker.ready["address"])
+
+        def send(arrays: Iterable[np.ndarray[Any, Any]]) -> None:
+            worker.ask({"num_bytes": num_bytes})
+            bridge_bare.send(socket, arrays)
+
+        yield send
 
 
 def _measure_busy(trainer: Trainer, client: BridgeClient, num_rounds: int) -> dict[str, Any]:
