@@ -92,7 +92,7 @@ class BaseWeights:
         starts = range(0, numel, _PART_BYTES // item_bytes)
         if len(starts) > 1:
             found = self._threads.submit(checksum, tensor.data.data)
-            parts = list(self._threads.map(compare, starts))
+            parts = [compare(start) for start in starts]
             new_checksum = found.result()
         else:
             parts, new_checksum = [compare(start) for start in starts], checksum(tensor.data.data)

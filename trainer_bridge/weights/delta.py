@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 #: Elements that are compared at a time: two blocks of 4-byte elements and the result fit into a core's cache.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 17
 
 _MAX_NUMEL_OF_U32 = 1 << 32
 
