@@ -23,6 +23,9 @@ from longtail.trainer_bridge.wire import ITEM_BYTES
 #: Bytes of a tensor that one thread compares.
 _PART_BYTES = 1 << 22
 _MAX_THREADS = 4
+_CORES = len(os.sched_getaffinity(0))
+#: With no more, threads that compare hold each other up, and a service on the same machine.
+_FEW_CORES = 2
 #: Elements by which a tensor is judged that changed as a whole, as a step of most optimisers makes it.
 _PROBE = 1 << 14
 #: A difference above this share of its tensor is sent as the tensor.
@@ -82,8 +85,7 @@ class BaseWeights:
             got = None if base is None else f"{len(tensor.data)} bytes instead of {len(base)}"
             raise InvalidInputError(f"named_tensors[{name}]", "the tensors that were pushed before", got)
         if self._threads is None:
-            workers = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0))))
-            self._threads = ThreadPoolExecutor(workers, thread_name_prefix="longtail-delta")
+            self._threads = ThreadPoolExecutor(min(_MAX_THREADS, _CORES), thread_name_prefix="longtail-delta")
         old, new = bits_of(base, item_bytes), bits_of(tensor.data, item_bytes)
         largest = _LARGEST_SHARE * item_bytes / (index_bytes(numel) + item_bytes)
         if np.count_nonzero(old[:_PROBE] != new[:_PROBE]) > largest * min(_PROBE, numel):
@@ -92,7 +94,7 @@ class BaseWeights:
         starts = range(0, numel, _PART_BYTES // item_bytes)
         if len(starts) > 1:
             found = self._threads.submit(checksum, tensor.data.data)
-            parts = [compare(start) for start in starts]
+            parts = list(self._threads.map(compare, starts) if _CORES > _FEW_CORES else map(compare, starts))
             new_checksum = found.result()
         else:
             parts, new_checksum = [compare(start) for start in starts], checksum(tensor.data.data)
