@@ -40,8 +40,9 @@ setup: $(STAMP) ## install everything that is locked, and longtail itself, into 
 demo: setup ## a whole training run: an engine and a trainer as two processes, a live table, a report
 	@$(BIN)/longtail train-demo $(DEMO_ARGS)
 
-test: setup ## run the tests (PYTEST_ARGS="-k name" picks some)
-	@$(BIN)/pytest --durations=15 $(PYTEST_ARGS)
+# The files of tests are shared out to two processes, in the order of tests/conftest.py.
+test: setup ## run the tests (PYTEST_ARGS="-k name" picks some, PYTEST_ARGS="-n 0 -x" runs them in one process)
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
 
 check: lint types test ## all static checks, then the tests
 

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from longtail.engine import EngineConfig, RolloutEngine
 
 
+#: Files whose tests take longest: they begin first, so that no process is left alone with one in the end.
+LONGEST = ("test_chaos.py", "test_soak.py", "test_demo.py", "test_startup.py", "test_rollout_command.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random 2-layer Llama (vocabulary 512) with a byte-level tokenizer and a chat template."""
