@@ -63,7 +63,7 @@ def main() -> None:
     """Serve until standard input ends."""
     state = Path(sys.argv[2]) if len(sys.argv) > 2 else None
     engine: Any = SampleEngine(int(sys.argv[1]), None if state is None else state / "engine.journal")
-    with BridgeService(engine, BridgeConfig(state=state)) as service:
+    with BridgeService(engine, BridgeConfig(state=state), staging=None) as service:
         print(json.dumps({"address": service.address}), flush=True)
         sys.stdin.read()
 
