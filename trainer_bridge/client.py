@@ -16,8 +16,9 @@ the two, or whose engine was restarted, pushes the checkpoint's weights before i
 Every trajectory of a round comes exactly once: the service keeps what was not acknowledged, through its own death and
 the trainer's, and a trainer that starts again with the cursor of its checkpoint gets what this does not contain.
 
-A service that dies or restarts is waited for, within the bound of each call; what was asked for is asked again. All
-methods may be called from several threads. Neither vLLM nor torch is imported.
+A service that dies or restarts is waited for, within the bound of each call; what was asked for is asked again. Only
+where it came back without the weights that it had, a round is refused (`BridgeRefusedError`, code `weights`): push them
+and ask for the round again. All methods may be called from several threads. Neither vLLM nor torch is imported.
 """
 
 from __future__ import annotations

@@ -362,7 +362,7 @@ class Welcome(Message, frozen=True):
         engine_id: of the service's state, the same after a restart if there is a journal.
         epoch: of its stream of deliveries.
         acked: everything up to here is done with. `last_seq` is the newest delivery.
-        weights_needed: a version that must be pushed before rounds run, because tokens of it are in the journal and
+        weights_needed: a version that must be pushed before rounds run, because it was pushed to this state and
             the engine does not have it.
         ring: the service's shared memory for chunks, if there is any.
 

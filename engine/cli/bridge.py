@@ -100,6 +100,7 @@ def serve_bridge(
 def _with_journal(config: EngineConfig, journal: Path | None) -> tuple[EngineConfig, int | None]:
     """The version that the engine has to say it has, and the weights that it needs where it does not have them."""
     from longtail.engine.carry_book import newest_version
+    from longtail.trainer_bridge.service.state_folder import pushed_version
 
     if journal is None:
         return config, None
@@ -108,7 +109,7 @@ def _with_journal(config: EngineConfig, journal: Path | None) -> tuple[EngineCon
     except OSError as error:
         what = f"a folder that can be made ({error.strerror})"
         raise InvalidInputError("bridge.state", what, str(journal.parent)) from error
-    newest = newest_version(journal)
+    newest = max(newest_version(journal), pushed_version(journal.parent))
     if newest <= config.weight_version:
         return config, None
     return dataclasses.replace(config, weight_version=newest), newest

@@ -195,6 +195,11 @@ def test_no_chunk_is_sent_beyond_the_window() -> None:
     assert [one.serial for one in channel.sent if isinstance(one, wire.WeightsChunk)] == [0, 1, 2, 3]
 
 
+def test_what_is_no_pair_is_named() -> None:
+    with pytest.raises(InvalidInputError, match=r"named_tensors.*pairs"):
+        WeightPusher().push(MemoryChannel(staging_of()), random_weights(0), 1)  # type: ignore[arg-type]
+
+
 def test_a_trainer_that_fails_in_the_middle() -> None:
     staging, weights, pusher = staging_of(), random_weights(0), WeightPusher()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ from longtail.trainer_bridge import wire
 from longtail.trainer_bridge.errors import PushRefusedError
 from longtail.trainer_bridge.service.config import BridgeConfig
 from longtail.trainer_bridge.service.service import BridgeService
+from longtail.trainer_bridge.service.state_folder import pushed_version
 
 SPEC = wire.TensorSpec("w", "float32", (2,))
 
@@ -142,6 +144,40 @@ def test_a_part_that_is_refused_ends_the_push_and_the_rest_is_skipped(bridge: Br
     assert isinstance(refused, wire.Refused)
     assert bridge.staging.calls.count("tensor") == 1
     assert sum(isinstance(message, wire.Refused) for message, _ in bridge.client.seen) == 2  # the push and the commit
+
+
+def test_a_pushed_version_is_known_to_the_next_service(tmp_path: Path) -> None:
+    """Also where nothing was sampled from it before everything died."""
+    state = tmp_path / "state"
+    engine = FakeRolloutEngine()
+    with (
+        BridgeService(engine, BridgeConfig(heartbeat_s=0.1, state=state), staging=FakeStaging()) as service,
+        raw_client(service.address) as client,
+    ):
+        assert isinstance(Bridge(engine, FakeStaging(), service, client).push(version=6), wire.WeightsApplied)
+        assert pushed_version(state) == 6
+        for op in ("start", "update", "finish"):
+            client.ask(wire.ControlWeights(request_id=0, op=op, version=9))
+    assert pushed_version(state) == 9
+    with pytest.raises(InvalidInputError, match=r"engine\.weight_version.*9 or above"):
+        BridgeService(FakeRolloutEngine(weight_version=8), BridgeConfig(state=state), staging=None)
+    BridgeService(
+        FakeRolloutEngine(weight_version=9), BridgeConfig(state=state), staging=None, weights_needed=9
+    ).close()  # fmt: skip
+
+
+def test_a_version_that_cannot_be_noted_ends_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: object, version: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("longtail.trainer_bridge.service.service.note_version", full)
+    engine = FakeRolloutEngine()
+    with (
+        BridgeService(engine, BridgeConfig(heartbeat_s=0.1, state=tmp_path), staging=FakeStaging()) as service,
+        raw_client(service.address) as client,
+    ):
+        assert isinstance(Bridge(engine, FakeStaging(), service, client).push(), wire.WeightsApplied)
+        wait_until(lambda: isinstance(service.failure, OSError))
 
 
 def test_a_hook_that_fails_does_not_undo_a_push(bridge: Bridge) -> None:

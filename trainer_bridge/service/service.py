@@ -32,7 +32,7 @@ from longtail.trainer_bridge.service.refusals import Refusal, refused, short
 from longtail.trainer_bridge.service.round_jobs import RoundJobs
 from longtail.trainer_bridge.service.sending import Sender
 from longtail.trainer_bridge.service.session import Reception
-from longtail.trainer_bridge.service.state_folder import open_state
+from longtail.trainer_bridge.service.state_folder import note_version, open_state
 from longtail.trainer_bridge.service.weight_jobs import WeightJobs
 
 _MAX_BOX = 256
@@ -113,7 +113,13 @@ class BridgeService:
             max_prompt_bytes=self.config.max_prompt_bytes,
         )
         self._weights = WeightJobs(
-            engine, pushed, send=self._sender.answer, post=self._post, fail=self._fail, weights_needed=weights_needed
+            engine,
+            pushed,
+            send=self._sender.answer,
+            post=self._post,
+            fail=self._fail,
+            weights_needed=weights_needed,
+            note_version=self._note_version,
         )
         self._clerk = Clerk(engine, self._outbox, self._prompts, self._rounds, self._answer, self._fail)
         self._thread = threading.Thread(target=self._run, name="longtail-bridge", daemon=True)
@@ -211,7 +217,7 @@ class BridgeService:
         if self._weights.is_updating:
             return "updating", None
         if (needed := self._weights.weights_needed) is not None:
-            return "needs_weights", f"the journal has tokens of version {needed}; push it, or a later one"
+            return "needs_weights", f"the engine had version {needed} before it was started; push it, or a later one"
         if (trouble := self._rounds.trouble) is not None:
             return "throttled", trouble
         if self._rounds.is_throttled:
@@ -233,6 +239,10 @@ class BridgeService:
             self._num_previews_dropped += 1
             return
         self._post(lambda: self._sender.tell(message, payload))
+
+    def _note_version(self, version: int) -> None:
+        if self.config.state is not None:
+            note_version(self.config.state, version)
 
     def _fail(self, error: Exception) -> None:
         _logger.error("the bridge ends: %s", error)
@@ -369,7 +379,7 @@ class BridgeService:
         if (needed := self._weights.weights_needed) is not None:
             raise Refusal(
                 "weights",
-                "the engine's journal has tokens of weights that the engine does not have: push them first",
+                f"the engine lacks weights that it had: push version {needed} or above, then ask for the round again",
                 field="version",
                 expected=f"at least {needed}",
                 got="the weights that the model was loaded with",

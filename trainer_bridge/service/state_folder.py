@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from longtail.engine.durable_files import sync_folder
 from longtail.engine.errors import InvalidInputError
 from longtail.trainer_bridge.service.config import BridgeConfig
 from longtail.trainer_bridge.service.engine_port import Engine
@@ -14,6 +15,40 @@ from longtail.trainer_bridge.service.prompt_log import PromptLog
 
 DELIVERIES_FILE = "deliveries.journal"
 PROMPTS_FILE = "prompts.journal"
+VERSION_FILE = "weights.version"
+
+
+def pushed_version(folder: str | os.PathLike[str]) -> int:
+    """The newest version of weights that was pushed to a service with this state folder; 0 if none was.
+
+    Raises:
+        InvalidInputError: the file that says so can't be read.
+
+    """
+    path = Path(folder) / VERSION_FILE
+    try:
+        return int(path.read_text())
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError) as error:
+        raise InvalidInputError("bridge.state", f"a number in {path}", str(error)) from error
+
+
+def note_version(folder: str | os.PathLike[str], version: int) -> None:
+    """Remember that a version was pushed; on the disk when it returns.
+
+    Raises:
+        OSError: it is not.
+
+    """
+    path = Path(folder) / VERSION_FILE
+    new = path.with_suffix(".new")
+    with new.open("w") as file:
+        file.write(f"{version}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    new.rename(path)
+    sync_folder(path)
 
 
 def open_state(engine: Engine, config: BridgeConfig) -> tuple[Outbox, PromptLog]:
@@ -37,6 +72,9 @@ def open_state(engine: Engine, config: BridgeConfig) -> tuple[Outbox, PromptLog]
     except OSError as error:
         what = f"a folder that can be made ({error.strerror})"
         raise InvalidInputError("bridge.state", what, os.fspath(folder)) from error
+    if (pushed := pushed_version(folder)) > engine.weight_version:
+        what = f"{pushed} or above, because that version was pushed, and weights_needed if the engine does not have it"
+        raise InvalidInputError("engine.weight_version", what, engine.weight_version)
     outbox = Outbox(folder / DELIVERIES_FILE, **bounds)
     try:
         prompts = PromptLog(folder / PROMPTS_FILE, max_bytes=config.max_prompt_bytes)

@@ -59,6 +59,7 @@ class WeightJobs:
         post: run a function in the socket's thread; may be called in any.
         fail: called when nobody knows any more which weights the engine has, or it can't go on.
         weights_needed: see `wire.Welcome`.
+        note_version: makes durable that the engine has a version; called before its trainer hears of it.
 
     Attributes:
         weights_needed: `None` once they came.
@@ -76,6 +77,7 @@ class WeightJobs:
         post: Callable[[Callable[[], None]], None],
         fail: Callable[[Exception], None],
         weights_needed: int | None = None,
+        note_version: Callable[[int], None] = lambda version: None,
     ) -> None:
         self.weights_needed = weights_needed
         self.is_updating = False
@@ -89,6 +91,7 @@ class WeightJobs:
         self._send = send
         self._post = post
         self._fail = fail
+        self._note_durably = note_version
         self._push: _Push | None = None
         self._last: tuple[str, wire.Message] | None = None
         self._over: str | None = None
@@ -227,6 +230,8 @@ class WeightJobs:
             except EngineTimeoutError as error:
                 self._fail(error)  # nobody knows what it does, or did
                 raise
+            if message.op == "finish":
+                self._make_durable(self._engine.weight_version)
             return wire.Done(reply_to=message.request_id)
 
         def note(answer: wire.Message) -> None:
@@ -324,6 +329,7 @@ class WeightJobs:
             else:
                 pause_s = self._update_engine(staged, push.begun.version)
                 staging.applied()
+                self._make_durable(push.begun.version)
         except Exception as error:
             outcome = refused(_as_refusal(error, step), message.request_id, push.begun.push_id)
             _logger.warning("push %s of version %d failed", push.begun.push_id, push.begun.version, exc_info=True)
@@ -342,6 +348,13 @@ class WeightJobs:
                 num_bytes_received=push.num_bytes,
             )
         self._post(lambda: self._applied(push, outcome, pause_s))
+
+    def _make_durable(self, version: int) -> None:
+        """So that the next service knows which weights its engine lacks; without that this one can't go on."""
+        try:
+            self._note_durably(version)
+        except OSError as error:
+            self._fail(error)
 
     def _update_engine(self, staged: Staged, version: int) -> float:
         """Returns the pause in seconds; a hook that fails afterwards changes nothing of it."""

@@ -297,8 +297,11 @@ class _Run:
 
     def send_all(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
         start = time.perf_counter()
-        for name, array in named_tensors:
+        for pair in named_tensors:
             self._add("produce", start)
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise InvalidInputError("named_tensors", "(name, tensor) pairs, as of named_parameters()", pair)
+            name, array = pair
             if not isinstance(name, str) or name in self.checksums:
                 raise InvalidInputError("named_tensors", "each name once", name)
             with self.clock("encode"):
