@@ -127,8 +127,8 @@ class Trainer:
             self._bring_up_to_date(client)
             offered = json.loads((self.folder / "prompts.json").read_text())
             if self.state["below"] == offered["num_prompts"]:
-                if offered["is_all"]:
-                    break
+                if offered["is_all"] and self._is_done(client):
+                    return
                 time.sleep(0.01)
                 continue
             round_ = client.rollout(
@@ -158,24 +158,30 @@ class Trainer:
             }
             _write(self.path, self.state)
             client.ack()
-        checksum_ = client.checksum()
-        assert checksum_.digest == digest(self.model, self.state["version"]), "the model has other weights"
-        (self.folder / "done").write_text(checksum_.digest)
+
+    def _is_done(self, client: BridgeClient) -> bool:
+        """The model has the last weights; not where the service was restarted since they were pushed."""
+        found = client.checksum().digest
+        if found is None:
+            return False
+        assert found == digest(self.model, self.state["version"]), "the model has other weights"
+        (self.folder / "done").write_text(found)
+        return True
 
     def _bring_up_to_date(self, client: BridgeClient) -> None:
         """The engine gets the weights of the checkpoint, if it does not have them."""
         version = self.state["version"]
-        if client.weight_version == version and client.weights_needed is None:
-            return
-        assert client.weight_version <= version, "the engine has weights that were never trained"
-        while self.rng.random() < self.broken_share:
-            with contextlib.suppress(WeightsPushError, InvalidInputError, PushBroke):
-                client.push_weights(broken(weights_of(self.model, version), self.rng), version, delta="auto")
-                raise AssertionError("a push that is not whole was taken")
-        report = client.push_weights(weights_of(self.model, version), version, delta="auto")
-        assert report.version == version
-        with (self.folder / "pushed.jsonl").open("a") as file:
-            file.write(json.dumps({"version": version, "digest": client.checksum().digest}) + "\n")
+        while client.weight_version != version or client.weights_needed is not None:
+            assert client.weight_version <= version, "the engine has weights that were never trained"
+            while self.rng.random() < self.broken_share:
+                with contextlib.suppress(WeightsPushError, InvalidInputError, PushBroke):
+                    client.push_weights(broken(weights_of(self.model, version), self.rng), version, delta="auto")
+                    raise AssertionError("a push that is not whole was taken")
+            report = client.push_weights(weights_of(self.model, version), version, delta="auto")
+            assert report.version == version
+            if (found := client.checksum().digest) is not None:  # the service was not restarted since
+                with (self.folder / "pushed.jsonl").open("a") as file:
+                    file.write(json.dumps({"version": version, "digest": found}) + "\n")
 
 
 def _write(path: Path, value: Any) -> None:
