@@ -234,7 +234,7 @@ def test_a_service_from_start_to_end(process: ServiceProcess, tmp_path: Path, ti
         time.sleep(0.3)
         client.ask(wire.CancelRound(request_id=0, round_id="s"))  # members are cut, with tokens of version 3
         client.read_round("s")
-        client.start("r1", 4, sampling=LONG)
+        client.start("r1", 40, sampling=LONG)
         client.wait_for(wire.Heartbeat, lambda beat: beat.status.num_running > 0)
         epoch, acked_to = client.welcome.epoch, 2  # type: ignore[attr-defined]
         seen = max(client.deliveries)
@@ -251,11 +251,11 @@ def test_a_service_from_start_to_end(process: ServiceProcess, tmp_path: Path, ti
         welcome = client.welcome  # type: ignore[attr-defined]
         assert (welcome.epoch, welcome.acked, welcome.last_seq) == (epoch, acked_to, seen)
         assert welcome.weights_needed == 3
-        assert client.start("r1", 4, sampling=LONG).code == "weights"
+        assert client.start("r1", 40, sampling=LONG).code == "weights"
         assert client.begin("old", 2).code == "invalid"
         assert isinstance(client.push("p", 3, tensors_of(tiny_model)), wire.WeightsApplied)
         assert client.start("r0", 4).state == "done"
-        assert client.start("r1", 4, sampling=LONG).state == "started"
+        assert client.start("r1", 40, sampling=LONG).state == "started"
         client.read_round("r1", 60)
         assert sorted(client.deliveries) == list(range(acked_to + 1, max(client.deliveries) + 1))
         again = client.trajectory_ids()
