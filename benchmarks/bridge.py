@@ -192,7 +192,8 @@ def _service(model: Path, folder: str) -> EngineProcess:
     options = (
         "--block-size", "32", "--max-model-len", "512", "--max-num-seqs", "32", "--kv-cache-gib", "0.5",
     )  # fmt: skip
-    return EngineProcess(str(model), options, Path(folder) / "service.log")
+    log = Path(folder) / "service.log"
+    return EngineProcess(str(model), options, log, environ=bench_io.unset_environ())
 
 
 class Peaks:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -13,3 +15,20 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path, suffix: str = ".new") -> Iterator[Path]:
+    """A path to write a file to, which has the name of `path` when the block ends, whole and on the disk.
+
+    If the block fails, what `path` was before stays, and the other file goes. `suffix` tells the two apart.
+    """
+    new = path.with_name(path.name + suffix)
+    try:
+        yield new
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    sync_folder(path)

@@ -135,7 +135,7 @@ class GroupStore:
         if self._journal is not None:
             self.num_torn_bytes = self._journal.num_torn_bytes
             self._replay(self._journal)
-            self._journal.compact_if_large(self._compacted)
+            self._compact_if_large()
 
     def close(self) -> None:
         """Write what is left, and give up the journal."""

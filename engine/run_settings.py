@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from longtail.engine.durable_files import replacing
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.trajectory_lines import TrajectoryFileError, named_os_error
 
@@ -62,16 +63,8 @@ def settings_path(trajectory_file: str | os.PathLike[str]) -> Path:
 def save_settings(trajectory_file: str | os.PathLike[str], settings: RunSettings) -> Path:
     """Write the settings next to the file, replacing those that are there."""
     path = settings_path(trajectory_file)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with named_os_error(path, "cannot be written"):
-        try:
-            with temporary.open("wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(settings)) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with named_os_error(path, "cannot be written"), replacing(path, f".{os.getpid()}.tmp") as new:
+        new.write_bytes(msgspec.json.format(msgspec.json.encode(settings)) + b"\n")
     return path
 
 

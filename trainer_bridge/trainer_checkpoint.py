@@ -9,7 +9,6 @@ A save is on the disk when `write` returns. Until then `PATH.writing` may exist,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from longtail.engine.durable_files import sync_folder
+from longtail.engine.durable_files import replacing
 from longtail.trainer_bridge.errors import InvalidInputError
 
 _FORMAT = "longtail trainer 1"
@@ -74,16 +73,8 @@ def write(
     }
     # One key: the order of several is random, and equal states are to be equal files.
     metadata = {"longtail": _json(rest, "optimizer")}
-    new = path.with_name(path.name + ".writing")
-    try:
+    with replacing(path, ".writing") as new:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new, metadata)
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    sync_folder(path)
 
 
 def read(

@@ -31,6 +31,8 @@ MAX_HEADER_BYTES = 1 << 18
 MAX_CHUNK_BYTES = 1 << 24
 MAX_PROMPTS_BYTES = 1 << 26
 MAX_DELIVERY_BYTES = 1 << 30
+#: So long, at least, a connection may need for one frame before either side gives it up.
+LINK_TIMEOUT_MS = 20_000
 #: Of what a client calls itself, a round or a push.
 MAX_NAME_CHARS = 200
 

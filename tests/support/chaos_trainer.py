@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import random
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from longtail.engine.config import SamplingConfig
+from longtail.engine.durable_files import replacing
 from longtail.engine.prompts import Prompt
 from longtail.engine.weight_manifest import stored_tensors
 from longtail.trainer_bridge.client import BridgeClient
@@ -87,7 +87,7 @@ def broken(tensors: Iterator[tuple[str, np.ndarray[Any, Any]]], rng: random.Rand
 
 def offer_prompts(folder: Path, num_prompts: int, *, is_all: bool) -> None:
     """Let the trainer of this folder train so many prompts; `is_all` ends it after them."""
-    _write(folder / "prompts.json", {"num_prompts": num_prompts, "is_all": is_all})
+    _write_json(folder / "prompts.json", {"num_prompts": num_prompts, "is_all": is_all})
 
 
 class PushBroke(Exception):
@@ -156,7 +156,7 @@ class Trainer:
                 "below": below,
                 "others": sorted(others),
             }
-            _write(self.path, self.state)
+            _write_json(self.path, self.state)
             client.ack()
 
     def _is_done(self, client: BridgeClient) -> bool:
@@ -184,14 +184,9 @@ class Trainer:
                     file.write(json.dumps({"version": version, "digest": found}) + "\n")
 
 
-def _write(path: Path, value: Any) -> None:
-    """Whole, or not at all."""
-    new = path.with_suffix(".new")
-    with new.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
+def _write_json(path: Path, value: Any) -> None:
+    with replacing(path) as new:
+        new.write_text(json.dumps(value))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ second third. The trainer checks that no group comes twice (`tests/support/chaos
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -149,7 +150,10 @@ class Soak:
     def _look(self) -> Sample:
         service, core = psutil.Process(self.service.pid), self._core
         assert core is not None
-        state = sum(path.stat().st_size for path in (self.folder / "state").iterdir())
+        state = 0
+        for path in (self.folder / "state").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # one that has just got its name
+                state += path.stat().st_size
         return Sample(
             service=service.memory_info().rss,
             core=core.memory_info().rss,

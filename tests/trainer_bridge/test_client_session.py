@@ -380,25 +380,18 @@ def test_a_tail_that_was_lost_is_missed() -> None:
     assert world.session.shelves.received == 1
 
 
-def test_evaluations_of_an_earlier_process_are_dropped() -> None:
-    service = Service()
-    for kind in ("group", "round"):
-        service.put("~eval-77", kind)
-    world = opened(service=service)
-    run(world, 6)
-    assert world.session.cursor.seq == 2
-    assert world.session.shelves.unclaimed == []
-
-
-def test_rounds_with_names_that_look_like_evaluations_are_kept() -> None:
+@pytest.mark.parametrize(("round_id", "cursor", "unclaimed"), [("~eval-77", 2, []), ("eval-77", 0, ["eval-77"])])
+def test_evaluations_of_an_earlier_process_are_dropped_and_rounds_that_look_like_them_are_kept(
+    round_id: str, cursor: int, unclaimed: list[str]
+) -> None:
     """A trainer that calls its rounds so would otherwise lose one that came before it asked for it."""
     service = Service()
     for kind in ("group", "round"):
-        service.put("eval-77", kind)
+        service.put(round_id, kind)
     world = opened(service=service)
     run(world, 6)
-    assert world.session.cursor.seq == 0
-    assert world.session.shelves.unclaimed == ["eval-77"]
+    assert world.session.cursor.seq == cursor
+    assert world.session.shelves.unclaimed == unclaimed
 
 
 def test_what_a_closed_stream_still_gave_goes_to_the_next_one() -> None:

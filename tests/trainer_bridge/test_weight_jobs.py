@@ -170,7 +170,7 @@ def test_a_version_that_cannot_be_noted_ends_the_service(tmp_path: Path, monkeyp
     def full(folder: object, version: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("longtail.trainer_bridge.service.service.note_version", full)
+    monkeypatch.setattr("longtail.trainer_bridge.service.service.remember_version", full)
     engine = FakeRolloutEngine()
     with (
         BridgeService(engine, BridgeConfig(heartbeat_s=0.1, state=tmp_path), staging=FakeStaging()) as service,

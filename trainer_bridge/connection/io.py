@@ -36,8 +36,7 @@ _POLL_S = 0.25
 _BATCH = 64
 _MAX_QUEUED = 256
 _RECONNECT_MS, _MAX_RECONNECT_MS = 50, 1000
-#: Half-open connections are given up after this; a large message on a slow link may take so long.
-_LINK_HEARTBEAT_MS, _LINK_TIMEOUT_MS = 2000, 20_000
+_LINK_HEARTBEAT_MS = 2000
 _GOODBYE_S = 1.0
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -175,7 +174,7 @@ class ClientIO:
         socket.sndhwm = socket.rcvhwm = _MAX_QUEUED
         socket.maxmsgsize = wire.MAX_DELIVERY_BYTES
         socket.reconnect_ivl, socket.reconnect_ivl_max = _RECONNECT_MS, _MAX_RECONNECT_MS
-        socket.heartbeat_ivl, socket.heartbeat_timeout = _LINK_HEARTBEAT_MS, _LINK_TIMEOUT_MS
+        socket.heartbeat_ivl, socket.heartbeat_timeout = _LINK_HEARTBEAT_MS, wire.LINK_TIMEOUT_MS
         socket.ipv6 = self.address.startswith("tcp://[")
         if keys is not None:
             keys.apply(socket)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -56,6 +56,7 @@ class EngineProcess:
         options: further options of `longtail serve`.
         log: file for what it says, made anew.
         start_timeout_s: bound on the start.
+        environ: of the process; this one's by default.
 
     Attributes:
         address: of the bridge.
@@ -66,7 +67,15 @@ class EngineProcess:
 
     """
 
-    def __init__(self, model: str, options: Sequence[str], log: Path, *, start_timeout_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        model: str,
+        options: Sequence[str],
+        log: Path,
+        *,
+        start_timeout_s: float = 300.0,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self.log = log
         self._on_death: Callable[[], None] | None = None
         self._is_stopping = False
@@ -78,6 +87,7 @@ class EngineProcess:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                env=environ,
                 preexec_fn=_die_with_parent(os.getpid()),
             )
         try:

@@ -24,11 +24,8 @@ import zmq
 from longtail.engine.errors import InvalidInputError
 from longtail.trainer_bridge.keys import ServerKeys
 from longtail.trainer_bridge.service.config import BridgeConfig
-from longtail.trainer_bridge.wire import Buffer
+from longtail.trainer_bridge.wire import LINK_TIMEOUT_MS, Buffer
 
-#: ZeroMQ's patience with a connection, at least: so long may one frame take on a slow link. Who is dead is known from
-#: the protocol's own heartbeats.
-_LINK_TIMEOUT_MS = 20_000
 _QUEUE_MESSAGES = 64
 _HANDSHAKE_MS = 10_000
 _LINGER_MS = 1000
@@ -163,7 +160,8 @@ def _set_options(router: zmq.Socket[Any], config: BridgeConfig, keys: ServerKeys
         zmq.LINGER: _LINGER_MS,
         zmq.HANDSHAKE_IVL: _HANDSHAKE_MS,
         zmq.HEARTBEAT_IVL: heartbeat_ms,
-        zmq.HEARTBEAT_TIMEOUT: max(_LINK_TIMEOUT_MS, 5 * heartbeat_ms),
+        # Who is dead is known from the protocol's own heartbeats.
+        zmq.HEARTBEAT_TIMEOUT: max(LINK_TIMEOUT_MS, 5 * heartbeat_ms),
     }
     for option, value in options.items():
         router.setsockopt(option, value)

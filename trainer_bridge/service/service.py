@@ -32,7 +32,7 @@ from longtail.trainer_bridge.service.refusals import Refusal, refused, short
 from longtail.trainer_bridge.service.round_jobs import RoundJobs
 from longtail.trainer_bridge.service.sending import Sender
 from longtail.trainer_bridge.service.session import Reception
-from longtail.trainer_bridge.service.state_folder import note_version, open_state
+from longtail.trainer_bridge.service.state_folder import open_state, remember_version
 from longtail.trainer_bridge.service.weight_jobs import WeightJobs
 
 _MAX_BOX = 256
@@ -119,7 +119,7 @@ class BridgeService:
             post=self._post,
             fail=self._fail,
             weights_needed=weights_needed,
-            note_version=self._note_version,
+            remember_version=self._remember_version,
         )
         self._clerk = Clerk(engine, self._outbox, self._prompts, self._rounds, self._answer, self._fail)
         self._thread = threading.Thread(target=self._run, name="longtail-bridge", daemon=True)
@@ -240,9 +240,9 @@ class BridgeService:
             return
         self._post(lambda: self._sender.tell(message, payload))
 
-    def _note_version(self, version: int) -> None:
+    def _remember_version(self, version: int) -> None:
         if self.config.state is not None:
-            note_version(self.config.state, version)
+            remember_version(self.config.state, version)
 
     def _fail(self, error: Exception) -> None:
         _logger.error("the bridge ends: %s", error)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from longtail.engine.durable_files import sync_folder
+from longtail.engine.durable_files import replacing
 from longtail.engine.errors import InvalidInputError
 from longtail.trainer_bridge.service.config import BridgeConfig
 from longtail.trainer_bridge.service.engine_port import Engine
@@ -34,21 +34,15 @@ def pushed_version(folder: str | os.PathLike[str]) -> int:
         raise InvalidInputError("bridge.state", f"a number in {path}", str(error)) from error
 
 
-def note_version(folder: str | os.PathLike[str], version: int) -> None:
+def remember_version(folder: str | os.PathLike[str], version: int) -> None:
     """Remember that a version was pushed; on the disk when it returns.
 
     Raises:
         OSError: it is not.
 
     """
-    path = Path(folder) / VERSION_FILE
-    new = path.with_suffix(".new")
-    with new.open("w") as file:
-        file.write(f"{version}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
-    sync_folder(path)
+    with replacing(Path(folder) / VERSION_FILE) as new:
+        new.write_text(f"{version}\n")
 
 
 def open_state(engine: Engine, config: BridgeConfig) -> tuple[Outbox, PromptLog]:

@@ -59,7 +59,7 @@ class WeightJobs:
         post: run a function in the socket's thread; may be called in any.
         fail: called when nobody knows any more which weights the engine has, or it can't go on.
         weights_needed: see `wire.Welcome`.
-        note_version: makes durable that the engine has a version; called before its trainer hears of it.
+        remember_version: makes durable that the engine has a version; called before its trainer hears of it.
 
     Attributes:
         weights_needed: `None` once they came.
@@ -77,7 +77,7 @@ class WeightJobs:
         post: Callable[[Callable[[], None]], None],
         fail: Callable[[Exception], None],
         weights_needed: int | None = None,
-        note_version: Callable[[int], None] = lambda version: None,
+        remember_version: Callable[[int], None] = lambda version: None,
     ) -> None:
         self.weights_needed = weights_needed
         self.is_updating = False
@@ -91,7 +91,7 @@ class WeightJobs:
         self._send = send
         self._post = post
         self._fail = fail
-        self._note_durably = note_version
+        self._remember_version = remember_version
         self._push: _Push | None = None
         self._last: tuple[str, wire.Message] | None = None
         self._over: str | None = None
@@ -352,7 +352,7 @@ class WeightJobs:
     def _make_durable(self, version: int) -> None:
         """So that the next service knows which weights its engine lacks; without that this one can't go on."""
         try:
-            self._note_durably(version)
+            self._remember_version(version)
         except OSError as error:
             self._fail(error)
 

@@ -167,8 +167,8 @@ class Staging:
         # The engine's own version may come again, and is compared: perhaps its trainer never heard that it was applied.
         lowest = self.version if self.is_needed or self._weights.checksums is not None else self.version + 1
         if message.version < lowest:
-            expected = f"{max(lowest, self.version + 1)} or above" if not self.is_needed else f"{lowest} or above"
-            raise PushRefusedError("invalid", "version", expected, message.version)
+            next_version = self.version if self.is_needed else self.version + 1
+            raise PushRefusedError("invalid", "version", f"{next_version} or above", message.version)
         if is_delta and self.is_needed:
             raise PushRefusedError("weights", "base_version", "none: whole weights are needed", message.base_version)
         if is_delta and message.base_version != self.version:
