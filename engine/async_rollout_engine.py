@@ -103,6 +103,7 @@ class AsyncRolloutEngine:
         sampling: SamplingConfig = SamplingConfig(),
         round_id: str | None = None,
         carry: bool = True,
+        can_fork: bool = False,
     ) -> AsyncRoundStream:
         """See `RolloutEngine.stream_trajectories`; `async for` over the result."""
         engine = self._engine
@@ -114,6 +115,7 @@ class AsyncRolloutEngine:
             sampling=sampling,
             round_id=round_id,
             carry=carry,
+            can_fork=can_fork,
         )
         return AsyncRoundStream(engine.driver, run)
 
@@ -124,10 +126,11 @@ class AsyncRolloutEngine:
         group_size: int = 1,
         num_groups: int = 64,
         sampling: SamplingConfig = SamplingConfig(),
+        can_fork: bool = False,
     ) -> AsyncGroupStream:
         """See `RolloutEngine.stream`; `async for` over the result."""
         engine = self._engine
-        run = engine.stream(prompts, group_size=group_size, num_groups=num_groups, sampling=sampling)
+        run = engine.stream(prompts, group_size=group_size, num_groups=num_groups, sampling=sampling, can_fork=can_fork)
         return AsyncGroupStream(engine.driver, run)
 
     async def load_weights(self, checkpoint: str | os.PathLike[str], version: int | None = None) -> int:

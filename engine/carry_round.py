@@ -11,7 +11,7 @@ enough groups are complete. A round has one wave, unless groups that the schedul
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -20,10 +20,11 @@ import msgspec
 
 from longtail.engine.carry_config import CarryConfig
 from longtail.engine.carry_stats import masked_group, mean_lengths, off_policy_share, staleness_of
-from longtail.engine.group_state import GroupState, joined
+from longtail.engine.group_state import GroupState, RunPolicy
 from longtail.engine.group_store import GroupStore
 from longtail.engine.rounds import MemberPlan
 from longtail.engine.trajectory import CarryStats, Group, Trajectory
+from longtail.engine.trajectory_parts import joined
 from longtail.scheduler.admission import AdmissionPolicy
 from longtail.scheduler.metadata import MAX_TARGET_GROUPS
 from longtail.scheduler.staleness import GroupFate
@@ -57,6 +58,7 @@ class CarryRound:
         version: of the weights.
         is_judged: hooks decide whether a complete group is accepted, so that the scheduler must not count.
         max_model_len: of the engine, in tokens; a trajectory of this length ends as `length`.
+        can_fork: members that run may be forked.
 
     Attributes:
         filtered: groups refused in this round; a stream without an end only counts them.
@@ -75,6 +77,7 @@ class CarryRound:
         version: int,
         is_judged: bool,
         max_model_len: int | None = None,
+        can_fork: bool = False,
     ) -> None:
         self.store = store
         self.round_id = round_id
@@ -88,6 +91,7 @@ class CarryRound:
         self._admission = AdmissionPolicy(config.admission)
         self._is_judged = is_judged
         self._max_model_len = max_model_len
+        self._can_fork = can_fork
         self._tally = _Tally(len(store.carried), len(store.banked))
         self.round_no = store.begin_round()
         #: Members in the engine, by request id.
@@ -95,6 +99,8 @@ class CarryRound:
         self._active: Counter[int] = Counter()
         #: Complete groups that the hooks have, or are to get.
         self._judging: set[int] = set()
+        #: Groups that branches are about to join.
+        self._forking: set[int] = set()
         #: Groups that may have become complete.
         self._changed = set(store.carried)
         self._num_waves = 0
@@ -141,7 +147,7 @@ class CarryRound:
         held = {
             serial: group
             for serial, group in self.store.carried.items()
-            if not self._active[serial] and serial not in self._judging and not group.is_complete
+            if not self._active[serial] and serial not in self._judging | self._forking and not group.is_complete
         }
         candidates = self._admission.order(group.candidate(self.round_no) for group in held.values())
         return [held[candidate.serial] for candidate in candidates]
@@ -164,20 +170,58 @@ class CarryRound:
             for index in group.unfinished:
                 if self._is_spent(group, index):
                     self._end_without_budget(group, index)
-            mine = group.plans(
-                self._wave_id, self._wave_target, kv_policy=self._config.kv_policy, park=self._config.park
-            )
-            for plan in mine:
-                self._running[plan.request_id] = (plan, group.serial)
-                self._tally.resumes += plan.prior is not None and bool(plan.prior.output_token_ids)
-            if mine:
-                self._active[group.serial] += len(mine)
+            mine = group.plans(self._policy(self._wave_id))
+            self._tally.resumes += sum(plan.prior is not None and bool(plan.prior.output_token_ids) for plan in mine)
+            self._enter(group.serial, mine)
             plans += mine
         return plans
+
+    def _policy(self, wave_id: str) -> RunPolicy:
+        config = self._config
+        return RunPolicy(wave_id, self._wave_target, config.kv_policy, config.park, self._can_fork)
+
+    def _enter(self, serial: int, plans: Sequence[MemberPlan]) -> None:
+        for plan in plans:
+            self._running[plan.request_id] = (plan, serial)
+        if plans:
+            self._active[serial] += len(plans)
 
     def requests(self) -> list[str]:
         """Ids of the running members."""
         return list(self._running)
+
+    # ---- forks -------------------------------------------------------------------------------------------------
+
+    def may_branch(self, serial: int) -> bool:
+        """A group is not complete, and no hook has it."""
+        group = self.store.carried.get(serial)
+        return group is not None and serial not in self._judging and not group.is_complete
+
+    def running_members(self, serial: int) -> Iterator[MemberPlan]:
+        """Members of a group that run."""
+        return (plan for plan, mine in self._running.values() if mine == serial)
+
+    def hold(self, serial: int) -> None:
+        """Branches are about to join a group: it is not complete until `release`."""
+        self._forking.add(serial)
+
+    def release(self, serial: int) -> None:
+        """See `hold`."""
+        self._forking.discard(serial)
+        self._changed.add(serial)
+
+    def branch(
+        self, group: GroupState, members: Sequence[Trajectory], wave_id: str | None, place: int
+    ) -> list[MemberPlan]:
+        """Branches join a group; returns what to submit, from `place` on in the scheduler's, if it runs in a wave."""
+        first = len(group.members)
+        self.store.branch(group.serial, members)
+        if wave_id is None:
+            return []
+        policy, total = self._policy(wave_id), place + len(members)
+        plans = [group.plan(policy, first + i, place + i, total) for i in range(len(members))]
+        self._enter(group.serial, plans)
+        return plans
 
     # ---- what happened -----------------------------------------------------------------------------------------
 
@@ -221,7 +265,7 @@ class CarryRound:
         done = [
             self.store.carried[serial]
             for serial in sorted(changed & self.store.carried.keys())
-            if serial not in self._judging and self.store.carried[serial].is_complete
+            if serial not in self._judging | self._forking and self.store.carried[serial].is_complete
         ]
         self._judging.update(group.serial for group in done)
         if self._is_judged:

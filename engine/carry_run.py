@@ -14,18 +14,20 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from longtail.engine.carry_book import CarryBook, VersionChanged
+from longtail.engine.carry_forks import CarryForks
 from longtail.engine.carry_round import CarryRound
 from longtail.engine.carry_stats import masked, masked_round, round_stats
 from longtail.engine.config import MAX_SEED, SamplingConfig
 from longtail.engine.driver import EngineDriver
 from longtail.engine.errors import EngineDeadError, InvalidInputError
+from longtail.engine.forks import Fork
 from longtail.engine.fresh_prompts import FreshPrompts, Prepared
 from longtail.engine.group_state import GroupState
 from longtail.engine.judging import HookAnswer
 from longtail.engine.prompt_source import PromptSource
 from longtail.engine.prompts import tokenize_prompts
 from longtail.engine.resumed_text import with_whole_text
-from longtail.engine.rounds import check_arguments, check_count, segment_of
+from longtail.engine.rounds import MemberPlan, check_arguments, check_count, segment_of
 from longtail.engine.trajectory import Group, Round, Trajectory
 from longtail.engine.vllm_args import sampling_params
 from longtail.engine.waves import Waves
@@ -60,6 +62,7 @@ class CarryRun:
         sampling: SamplingConfig,
         round_id: str | None,
         num_groups: int = 0,
+        can_fork: bool = False,
     ) -> None:
         engine = driver.engine
         self.round_id = check_arguments(group_size, target_groups, over_provision, sampling, round_id, engine.tokenizer)
@@ -74,8 +77,11 @@ class CarryRun:
             raise InvalidInputError("stream", what, book.store.recovered.round_id)
         if book.is_busy:
             raise InvalidInputError("rollout", "one carrying round at a time", "a second")
+        if can_fork and not book.config.park:
+            raise InvalidInputError("can_fork", "CarryConfig.park with it, because branches share parked KV", can_fork)
         self._driver = driver
         self._book = book
+        self._can_fork = can_fork
         self._group_size = group_size
         self._sampling = sampling
         self._target_groups = target_groups
@@ -116,7 +122,9 @@ class CarryRun:
             version=self._driver.weight_version,
             is_judged=self._book.hooks is not None,
             max_model_len=self._driver.engine.limits.max_model_len,
+            can_fork=self._can_fork,
         )
+        self._forks = CarryForks(self._driver, self._round)
         if self._book.judging is not None:
             self._book.judging.keep_only(self._book.store.carried.values())
         self._judge(self._round.complete())
@@ -237,6 +245,27 @@ class CarryRun:
                 self._driver.call_later(stop)
         self._end()
 
+    def ask_fork(self, trajectory_id: str, at: int | None, n: int, seeds: Sequence[int] | None) -> Fork:
+        """See `RoundRun.ask_fork`."""
+        if not self._can_fork or self._recovered is not None:
+            raise InvalidInputError("fork", "a round that was begun with can_fork=True", trajectory_id)
+        return self._forks.ask(trajectory_id, at, n, seeds)
+
+    def take_fork(self, fork: Fork) -> list[str] | None:
+        """See `RoundRun.take_fork`."""
+        taken = self._forks.take(fork)
+        if taken is None:
+            return None
+        ids, plans = taken
+        self._submit(plans)
+        return ids
+
+    def end_fork(self, fork: Fork) -> None:
+        """See `RoundRun.end_fork`."""
+        self._forks.end(fork)
+        self._judge(self._round.complete())
+        self._advance()
+
     # ---- parts -------------------------------------------------------------------------------------------------
 
     def _take_output(self, output: RequestOutput) -> list[Trajectory]:
@@ -332,10 +361,12 @@ class CarryRun:
         if not groups:
             return
         self._waves.join(len(groups), self._round.begin_wave)
-        plans = self._round.start(groups)
+        self._submit(self._round.start(groups))
+        self._judge(self._round.complete())
+
+    def _submit(self, plans: Sequence[MemberPlan]) -> None:
         requests = [(plan.request_id, plan.token_ids, sampling_params(plan)) for plan in plans]
         self._driver.submit(requests, self._deliver)
-        self._judge(self._round.complete())
 
     def _drop_refused(self) -> None:
         """Tell the engine what the round gave up."""

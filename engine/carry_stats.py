@@ -98,7 +98,7 @@ def round_stats(
         num_failed_groups=carry.num_filtered,
         num_cut_members=sum(wave["num_cut_members"] for wave in waves),
         num_output_tokens=tokens.num_output_tokens,
-        num_kept_tokens=sum(len(t.output_token_ids) for group in groups for t in group.trajectories),
+        num_kept_tokens=sum(t.num_own_tokens for group in groups for t in group.trajectories),
         num_scheduled_tokens=tokens.num_scheduled_tokens,
         num_recomputed_tokens=carry.num_reprefilled_tokens,
         num_steps=sum(wave["num_steps"] for wave in waves),

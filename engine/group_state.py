@@ -6,6 +6,8 @@ member that was cut is a `Trajectory` like any other, with `finish_reason="abort
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -13,10 +15,21 @@ import msgspec
 from longtail.engine.config import SamplingConfig
 from longtail.engine.prompts import TokenPrompt
 from longtail.engine.rounds import MemberPlan
-from longtail.engine.trajectory import Group, Segment, TokenCounts, Trajectory, VersionSpan
+from longtail.engine.trajectory import Branch, Group, Trajectory
 from longtail.scheduler.admission import Candidate
 from longtail.scheduler.metadata import RolloutMetadata
 from longtail.scheduler.staleness import Span
+
+
+@dataclass(frozen=True, slots=True)
+class RunPolicy:
+    """How members run in one wave; the fields are those of `RolloutMetadata`, `park` whether KV is parked."""
+
+    wave_id: str
+    target_groups: int
+    kv_policy: str
+    park: bool
+    can_fork: bool = False
 
 
 class GroupState(msgspec.Struct, kw_only=True):
@@ -27,7 +40,8 @@ class GroupState(msgspec.Struct, kw_only=True):
         round_no: number of the round that its first tokens are of: it began, or began again, in it.
         round_id: id of the round that it first began in.
         seed: of its first member; the others count up. `None` draws from the engine's stream.
-        members: what each member has, by index; `None` for one that has not run.
+        members: what each member has, by index; `None` for one that has not run. Branches come after the first
+            `group_size` members.
         num_computed: by index, for how many tokens there was KV when the member was stopped.
         num_restarts: how often it began again from the prompt.
         metadata: what a hook made of the prompt's; `None` leaves it.
@@ -82,8 +96,27 @@ class GroupState(msgspec.Struct, kw_only=True):
         return 0 if member is None else len(member.output_token_ids)
 
     def budget(self, index: int) -> int:
-        """Output tokens that a member may have in all."""
+        """Output tokens that a member may have in all; a branch has the budget of the member that it left."""
+        branch = self._branch(index)
+        if branch is not None:
+            return self.budget(branch.of)
         return self.sampling.max_tokens if self.prompt.max_tokens is None else self.prompt.max_tokens[index]
+
+    def seed_of(self, index: int) -> int | None:
+        """A member's sampling seed."""
+        member = self.members[index]
+        if member is not None and member.branch is not None:
+            return member.seed
+        return None if self.seed is None else self.seed + index
+
+    def num_drawn(self, index: int) -> int:
+        """Output tokens that a member has drawn with that seed."""
+        member, branch = self.members[index], self._branch(index)
+        return 0 if member is None else sum(member.source_mask[0 if branch is None else branch.at :])
+
+    def _branch(self, index: int) -> Branch | None:
+        member = self.members[index]
+        return None if member is None else member.branch
 
     def park_key(self, index: int) -> str:
         """Key of a member's parked KV; another one after a restart."""
@@ -91,7 +124,7 @@ class GroupState(msgspec.Struct, kw_only=True):
 
     def park_keys(self) -> list[str]:
         """Keys of all members."""
-        return [self.park_key(index) for index in range(self.group_size)]
+        return [self.park_key(index) for index in range(len(self.members))]
 
     def token_spans(self) -> list[Span]:
         """`(version, start, end)` of all tokens of all members."""
@@ -107,44 +140,64 @@ class GroupState(msgspec.Struct, kw_only=True):
             num_tokens_left=sum(self.budget(index) - self.num_tokens(index) for index in unfinished),
         )
 
+    def add_branches(self, members: Sequence[Trajectory]) -> None:
+        """Members join that have left others."""
+        for member in members:
+            assert member.branch is not None
+            # There is, or was, KV for all but the last token.
+            num_known = len(self.prompt.token_ids) + member.branch.at - 1
+            self.members.append(member)
+            self.num_computed.append(num_known if member.branch.at else 0)
+
     def restart(self, round_no: int) -> None:
-        """Forget every token; it is as young as a fresh group of round `round_no`."""
+        """Forget every token, and branches with them; it is as young as a fresh group of round `round_no`."""
         self.round_no = round_no
         self.members = [None] * self.group_size
         self.num_computed = [0] * self.group_size
         self.num_restarts += 1
         self.metadata = None
 
-    def plans(self, wave_id: str, target_groups: int, *, kv_policy: str, park: bool) -> list[MemberPlan]:
+    @property
+    def attempt(self) -> str:
+        """What the scheduler calls the group: another one after a restart, as a wave may still know the old one."""
+        return f"{self.serial}.{self.num_restarts}"
+
+    def trajectory_id(self, index: int) -> str:
+        """Of a member."""
+        return f"{self.round_id}/{self.attempt}/{index}"
+
+    def plans(self, run: RunPolicy) -> list[MemberPlan]:
         """What to submit so that the unfinished members, all of which have budget left, go on."""
         going_on = self.unfinished
-        # Another group for the scheduler after a restart: the wave may still know the old one.
-        attempt = f"{self.serial}.{self.num_restarts}"
-        return [
-            MemberPlan(
-                request_id=f"{wave_id}/{attempt}/{index}",
-                prompt=self.prompt,
-                sampling=self.sampling,
-                metadata=RolloutMetadata(
-                    round=wave_id,
-                    target_groups=target_groups,
-                    group=attempt,
-                    group_size=len(going_on),
-                    index=place,
-                    park=self.park_key(index) if park else None,
-                    kv_policy=kv_policy,
-                    num_prior_tokens=self.num_tokens(index),
-                    num_computed_tokens=self.num_computed[index],
-                    stop=self.sampling.stop if self.num_tokens(index) else (),
-                ),
-                seed=None if self.seed is None else self.seed + index,
-                max_tokens=self.budget(index) - self.num_tokens(index),
-                trajectory_id=f"{self.round_id}/{attempt}/{index}",
-                index=index,
-                prior=self.members[index],
-            )
-            for place, index in enumerate(going_on)
-        ]
+        return [self.plan(run, index, place, len(going_on)) for place, index in enumerate(going_on)]
+
+    def plan(self, run: RunPolicy, index: int, place: int, num_places: int) -> MemberPlan:
+        """What to submit so that a member goes on, which is at `place` of so many in the scheduler's group."""
+        num_tokens = self.num_tokens(index)
+        return MemberPlan(
+            request_id=f"{run.wave_id}/{self.attempt}/{index}",
+            prompt=self.prompt,
+            sampling=self.sampling,
+            metadata=RolloutMetadata(
+                round=run.wave_id,
+                target_groups=run.target_groups,
+                group=self.attempt,
+                group_size=num_places,
+                index=place,
+                park=self.park_key(index) if run.park else None,
+                kv_policy=run.kv_policy,
+                num_prior_tokens=num_tokens,
+                num_computed_tokens=self.num_computed[index],
+                num_drawn_tokens=self.num_drawn(index) if num_tokens else None,
+                stop=self.sampling.stop if num_tokens else (),
+                can_fork=run.can_fork,
+            ),
+            seed=self.seed_of(index),
+            max_tokens=self.budget(index),
+            trajectory_id=self.trajectory_id(index),
+            index=index,
+            prior=self.members[index],
+        )
 
     def group(self, round_id: str, rejected: str | None = None) -> Group:
         """The group as a caller gets it, returned in `round_id`."""
@@ -162,29 +215,3 @@ class GroupState(msgspec.Struct, kw_only=True):
 def token_spans(trajectory: Trajectory) -> list[Span]:
     """`(version, start, end)` of a trajectory's tokens, versions as numbers."""
     return [(int(span.version), span.start, span.end) for span in trajectory.weight_versions]
-
-
-def joined(prior: Trajectory, last: Trajectory) -> Trajectory:
-    """`prior` with the segments of `last`, which went on from its tokens.
-
-    The end is that of `last`, and so are its times; token counts add up.
-    """
-    offset = len(prior.output_token_ids)
-    versions = list(prior.weight_versions)
-    for span in last.weight_versions:
-        moved = VersionSpan(span.version, span.start + offset, span.end + offset)
-        if versions and versions[-1].version == moved.version:
-            moved = VersionSpan(moved.version, versions.pop().start, moved.end)
-        versions.append(moved)
-    segments = [Segment(start=s.start + offset, end=s.end + offset, kv_versions=s.kv_versions) for s in last.segments]
-    counts = {name: getattr(prior.tokens, name) + getattr(last.tokens, name) for name in TokenCounts.__struct_fields__}
-    return msgspec.structs.replace(
-        last,
-        output_token_ids=prior.output_token_ids + last.output_token_ids,
-        logprobs=prior.logprobs + last.logprobs,
-        source_mask=prior.source_mask + last.source_mask,
-        loss_mask=prior.loss_mask + last.loss_mask,
-        weight_versions=versions,
-        segments=[*prior.segments, *segments],
-        tokens=TokenCounts(**counts),
-    )

@@ -45,6 +45,11 @@ class _MemberEnded(_Record, frozen=True):
     num_computed: int
 
 
+class _Branched(_Record, frozen=True):
+    serial: int
+    members: list[Trajectory]
+
+
 class _Restarted(_Record, frozen=True):
     serial: int
 
@@ -174,6 +179,10 @@ class GroupStore:
         """A member of a carried group ended, or was cut."""
         self._commit(_MemberEnded(serial, index, member, num_computed))
 
+    def branch(self, serial: int, members: Sequence[Trajectory]) -> None:
+        """Branches join a carried group; on the disk when it returns."""
+        self._commit(_Branched(serial, list(members)), durable=True)
+
     def restart(self, serial: int) -> None:
         """A carried or banked group begins again from its prompt."""
         self._commit(_Restarted(serial))
@@ -248,6 +257,8 @@ class GroupStore:
                 group = self.carried[serial]
                 group.members[index] = member
                 group.num_computed[index] = num_computed
+            case _Branched(serial, members):
+                self.carried[serial].add_branches(members)
             case _Restarted(serial):
                 group = self._remove(serial)
                 group.restart(self.totals.num_rounds)
@@ -321,7 +332,17 @@ def _encode(record: _Record) -> bytes:
 
 
 _Any = (
-    _Submitted | _MemberEnded | _Restarted | _Filtered | _Banked | _RoundBegan | _RoundEnded | _Taken | _State | _Held
+    _Submitted
+    | _MemberEnded
+    | _Branched
+    | _Restarted
+    | _Filtered
+    | _Banked
+    | _RoundBegan
+    | _RoundEnded
+    | _Taken
+    | _State
+    | _Held
 )
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(_Any)

@@ -34,7 +34,7 @@ def _whole_text(
 
     whole = params.clone()
     whole.detokenize, whole.stop = True, list(plan.sampling.stop)
-    whole.min_tokens = params.min_tokens + plan.metadata.num_prior_tokens
+    whole.min_tokens = max(params.min_tokens, plan.metadata.num_prior_tokens)
     source: Any = SimpleNamespace(
         request_id=plan.request_id, prompt_token_ids=plan.prompt.token_ids, sampling_params=whole
     )

@@ -64,10 +64,12 @@ class EngineAndBook:
         sampling: SamplingConfig,
         round_id: str | None,
         carry: bool,
+        can_fork: bool = False,
     ) -> RoundRun | CarryRun:
         """A round, which carries over if the engine is set to, it has a target, and the caller does not object."""
         arguments: dict[str, Any] = {
             "group_size": group_size, "over_provision": over_provision, "sampling": sampling, "round_id": round_id,
+            "can_fork": can_fork,
         }  # fmt: skip
         if self.book is None or not carry:
             return RoundRun(self.driver, prompts, target_groups=target_groups, **arguments)
@@ -82,13 +84,14 @@ class EngineAndBook:
         group_size: int,
         num_groups: int,
         sampling: SamplingConfig,
+        can_fork: bool,
     ) -> CarryRun:
         """A stream without rounds."""
         if self.book is None:
             raise InvalidInputError("engine.carry", "a CarryConfig, because a stream carries groups over", None)
         return CarryRun(
             self.driver, self.book, prompts, group_size=group_size, target_groups=None, over_provision=None,
-            sampling=sampling, round_id=None, num_groups=num_groups,
+            sampling=sampling, round_id=None, num_groups=num_groups, can_fork=can_fork,
         )  # fmt: skip
 
     def change_weights(self, version: int | None, checkpoint: str | os.PathLike[str] | None) -> Future[int]:
@@ -270,6 +273,7 @@ class RolloutEngine:
         sampling: SamplingConfig = SamplingConfig(),
         round_id: str | None = None,
         carry: bool = True,
+        can_fork: bool = False,
         on_progress: Callable[[RoundProgress], None] | None = None,
     ) -> RoundStream:
         """Submit one round; iterate over its trajectories as they finish, before any hook has seen them.
@@ -291,6 +295,7 @@ class RolloutEngine:
             sampling: how every member is sampled.
             round_id: unique among the engine's running rounds; random by default.
             carry: false for a round of its own, such as an evaluation, in an engine that carries over.
+            can_fork: `RoundStream.fork` may branch its trajectories; costs a few bytes a token in the engine core.
             on_progress: called about twice a second with the scheduler's numbers, as far as its steps allow.
 
         Raises:
@@ -310,6 +315,7 @@ class RolloutEngine:
             sampling=sampling,
             round_id=round_id,
             carry=carry,
+            can_fork=can_fork,
         )
         return RoundStream(self._driver, run, on_progress)
 
@@ -320,6 +326,7 @@ class RolloutEngine:
         group_size: int = 1,
         num_groups: int = 64,
         sampling: SamplingConfig = SamplingConfig(),
+        can_fork: bool = False,
     ) -> GroupStream:
         """Groups as they are complete, without rounds, for as long as there are prompts; needs `EngineConfig.carry`.
 
@@ -328,12 +335,15 @@ class RolloutEngine:
             group_size: samples of each prompt.
             num_groups: groups in flight; a group that is given away is replaced by a fresh one.
             sampling: how every member is sampled.
+            can_fork: see `stream_trajectories`.
 
         Raises:
             Exception: those of `stream_trajectories`.
 
         """
-        run = self._engine.stream(prompts, group_size=group_size, num_groups=num_groups, sampling=sampling)
+        run = self._engine.stream(
+            prompts, group_size=group_size, num_groups=num_groups, sampling=sampling, can_fork=can_fork
+        )
         return GroupStream(self._driver, run)
 
     def load_weights(self, checkpoint: str | os.PathLike[str], version: int | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,14 @@ import msgspec
 
 from longtail.engine.config import SamplingConfig
 from longtail.engine.driver import EngineDriver, Sink
-from longtail.engine.errors import EngineDeadError
-from longtail.engine.rounds import RoundCollector, RoundPlan, plan_round
+from longtail.engine.errors import EngineDeadError, InvalidInputError
+from longtail.engine.forks import Fork, ask_scheduler, check_fork
+from longtail.engine.resumed_text import with_whole_text
+from longtail.engine.rounds import MemberPlan, RoundCollector, RoundPlan, plan_round, segment_of, trajectory_at
 from longtail.engine.trajectory import Round, Trajectory
+from longtail.engine.trajectory_parts import branches
 from longtail.engine.vllm_args import sampling_params
+from longtail.scheduler.fork_order import ForkOrder
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -57,6 +61,7 @@ class RoundRun:
         over_provision: float | None,
         sampling: SamplingConfig,
         round_id: str | None,
+        can_fork: bool = False,
     ) -> None:
         self._driver = driver
         self.plan: RoundPlan = plan_round(
@@ -68,6 +73,7 @@ class RoundRun:
             round_id=round_id,
             tokenizer=driver.engine.tokenizer,
             limits=driver.engine.limits,
+            can_fork=can_fork,
         )
         self._collector = RoundCollector(self.plan)
         self._ended = False
@@ -82,14 +88,68 @@ class RoundRun:
 
     def submit(self, deliver: Sink) -> None:
         """Hand every member to the engine."""
-        requests = [(member.request_id, member.token_ids, sampling_params(member)) for member in self.plan.members()]
-        self._driver.submit(requests, deliver)
+        self._deliver = deliver
+        self._submit(self.plan.members())
+
+    def _submit(self, members: Iterable[MemberPlan]) -> None:
+        requests = [(member.request_id, member.token_ids, sampling_params(member)) for member in members]
+        self._driver.submit(requests, self._deliver)
 
     def take(self, item: RequestOutput | Exception) -> list[Trajectory]:
         """Turn what `deliver` got into a trajectory, or raise it."""
         if isinstance(item, Exception):
             raise item
-        return [self._collector.add(item)]
+        member = self._collector.pending(item.request_id)
+        segment = segment_of(member, item)
+        if member.prior is not None:
+            segment = with_whole_text(self._driver.engine.tokenizer, member, segment)
+        return [self._collector.add(item.request_id, segment)]
+
+    def ask_fork(self, trajectory_id: str, at: int | None, n: int, seeds: Sequence[int] | None) -> Fork:
+        """Ask the scheduler to fork a trajectory; one fork at a time.
+
+        Raises:
+            InvalidInputError: an argument is wrong, or the round takes no forks.
+
+        """
+        if not self.plan.can_fork:
+            raise InvalidInputError("fork", "a round that was begun with can_fork=True", trajectory_id)
+        member, ended = self._collector.find(trajectory_id)
+        check_fork(at, n, seeds, max_tokens=member.max_tokens, ended=ended)
+        first = self._collector.num_members(member.prompt.group_id)
+        indices = range(first, first + n)
+        order = ForkOrder(
+            of=trajectory_id,
+            keys=[_sibling_id(trajectory_id, index) for index in indices],
+            at=at,
+            num_prompt_tokens=len(member.prompt.token_ids),
+            round=self.plan.round_id,
+            group=member.metadata.group,
+        )
+        self._collector.num_forking += 1
+        return Fork(trajectory_id, at, indices, seeds, ask_scheduler(self._driver, order))
+
+    def take_fork(self, fork: Fork) -> list[str] | None:
+        """Once it is answered: submit the branches and return their ids; `None` if the parent's end is on its way.
+
+        Raises:
+            InvalidInputError: the scheduler refused.
+
+        """
+        point = fork.answer.result()
+        member, ended = self._collector.find(fork.trajectory_id)
+        if ended is None and not point.is_live:
+            return None
+        parent = trajectory_at(member, point) if ended is None else ended
+        ids = {index: _sibling_id(fork.trajectory_id, index) for index in fork.indices}
+        assert point.index == fork.indices.start
+        new = branches(parent, point.at, ids, fork.seeds_after(member.seed))
+        self._submit(self._collector.expect(new, member, point))
+        return list(ids.values())
+
+    def end_fork(self, fork: Fork) -> None:
+        """It was taken, or is given up."""
+        self._collector.num_forking -= 1
 
     def progress(self) -> Future[dict[str, Any]]:
         """Ask the scheduler for the round's numbers."""
@@ -99,6 +159,8 @@ class RoundRun:
         """Once nothing is pending: take the scheduler's numbers and forget the round there."""
 
         def take_numbers(link: CoreLink) -> Round | None:
+            if self.plan.can_fork:
+                link.rpc("unpark", keys=self._collector.request_ids)
             counts = link.rpc("forget_round", round=self.plan.round_id)
             self._end()
             return self._collector.round(counts)
@@ -113,7 +175,9 @@ class RoundRun:
         def stop(link: CoreLink) -> None:
             link.rpc("close_round", round=self.plan.round_id)
             # Its outputs have the ids of the next round that is called the same.
-            self._driver.abandon(member.request_id for member in self.plan.members())
+            self._driver.abandon(self._collector.request_ids)
+            if self.plan.can_fork:
+                link.rpc("unpark", keys=self._collector.request_ids)
             link.rpc("forget_round", round=self.plan.round_id)
 
         with contextlib.suppress(EngineDeadError):
@@ -124,6 +188,10 @@ class RoundRun:
     def _end(self) -> None:
         self._ended = True
         self._driver.release_round(self.plan.round_id)
+
+
+def _sibling_id(trajectory_id: str, index: int) -> str:
+    return f"{trajectory_id.rpartition('/')[0]}/{index}"
 
 
 def as_progress(counts: dict[str, Any]) -> RoundProgress:

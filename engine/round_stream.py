@@ -10,7 +10,7 @@ import contextlib
 import queue
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
@@ -79,6 +79,37 @@ class RoundStream:
             raise
         raise StopIteration
 
+    def fork(
+        self, trajectory_id: str, *, at: int | None = None, n: int = 1, seeds: Sequence[int] | None = None
+    ) -> list[str]:
+        """Branch a trajectory of the round: `n` more members of its group go on from its tokens. In your thread.
+
+        Nothing is computed again as long as the KV of those tokens is there, but the last one, once a branch: what is
+        sampled after it is the branch's own.
+
+        Args:
+            trajectory_id: of one that runs, or that ended or was cut and whose group is not complete. Ids are
+                `<round_id>/<group_id>/<index>`, or see `Trajectory.trajectory_id`.
+            at: how many of its output tokens a branch begins with, fewer than it has for a rewind; by default all that
+                there are now.
+            n: number of branches.
+            seeds: of the branches; by default they follow from the trajectory's, if it has one. Without a seed of its
+                own a branch draws from the engine's stream.
+
+        Returns:
+            Ids of the branches, whose `Trajectory.branch` says where they left.
+
+        Raises:
+            InvalidInputError: names the argument; there is no such trajectory, or nothing to sample after `at`.
+            EngineDeadError, EngineTimeoutError: as for the round.
+
+        """
+        while True:
+            ids, taken = _fork(self._driver, self._run, self._items, trajectory_id, at, n, seeds)
+            self._ended.extend(taken)
+            if ids is not None:
+                return ids
+
     def close(self) -> None:
         """Cancel what is still running. Safe to call at any time."""
         self._run.cancel()
@@ -140,6 +171,15 @@ class GroupStream:
         self._run.end()
         raise StopIteration
 
+    def fork(
+        self, trajectory_id: str, *, at: int | None = None, n: int = 1, seeds: Sequence[int] | None = None
+    ) -> list[str]:
+        """See `RoundStream.fork`."""
+        while True:
+            ids, _ = _fork(self._driver, self._run, self._items, trajectory_id, at, n, seeds)
+            if ids is not None:
+                return ids
+
     def stop(self) -> None:
         """Cut what runs and keep it; whoever iterates gets what is complete, then the end. In any thread."""
         self._items.put(_STOP)
@@ -184,6 +224,7 @@ class AsyncRoundStream:
         self._driver = driver
         self._round: Round | None = None
         self._items = _AsyncItems(driver)
+        self._forking = asyncio.Lock()
         self._ended: deque[Trajectory] = deque()
         run.submit(self._items.put)
 
@@ -194,6 +235,17 @@ class AsyncRoundStream:
 
     def __aiter__(self) -> Self:
         return self
+
+    async def fork(
+        self, trajectory_id: str, *, at: int | None = None, n: int = 1, seeds: Sequence[int] | None = None
+    ) -> list[str]:
+        """See `RoundStream.fork`."""
+        async with self._forking:
+            while True:
+                ids, taken = await _fork_async(self._driver, self._run, self._items, trajectory_id, at, n, seeds)
+                self._ended.extend(taken)
+                if ids is not None:
+                    return ids
 
     async def __anext__(self) -> Trajectory:
         try:
@@ -224,13 +276,25 @@ class AsyncGroupStream:
     """See `GroupStream`; `async with` it, or `await aclose()`, to keep what runs when you stop early."""
 
     def __init__(self, driver: EngineDriver, run: CarryRun) -> None:
+        self._driver = driver
         self._run = run
         self._items = _AsyncItems(driver)
+        self._forking = asyncio.Lock()
         self._given: int | None = None
         run.submit(self._items.put)
 
     def __aiter__(self) -> Self:
         return self
+
+    async def fork(
+        self, trajectory_id: str, *, at: int | None = None, n: int = 1, seeds: Sequence[int] | None = None
+    ) -> list[str]:
+        """See `RoundStream.fork`."""
+        async with self._forking:
+            while True:
+                ids, _ = await _fork_async(self._driver, self._run, self._items, trajectory_id, at, n, seeds)
+                if ids is not None:
+                    return ids
 
     async def __anext__(self) -> Group:
         if self._run.has_ended:
@@ -316,6 +380,40 @@ class _AsyncItems:
                 return await asyncio.wait_for(self._items.get(), _POLL_S)
             except TimeoutError:
                 self._driver.check_stall()
+
+
+#: Ids of the branches, and trajectories that had just ended. Without ids the parent was stopped meanwhile: try again.
+_Forked = tuple[list[str] | None, list[Trajectory]]
+
+
+def _fork(driver: EngineDriver, run: RoundRun | CarryRun, items: _Items, trajectory_id: str, *args: Any) -> _Forked:
+    fork = run.ask_fork(trajectory_id, *args)
+    try:
+        with contextlib.suppress(InvalidInputError):  # `take_fork` knows what it means
+            driver.wait(fork.answer, "the scheduler to fork")
+        ids = run.take_fork(fork)
+    finally:
+        run.end_fork(fork)
+    if ids is not None:
+        return ids, []
+    if (item := items.get()) is not _STOP:
+        return None, run.take(item)
+    assert isinstance(run, CarryRun)
+    run.stop()
+    return None, []
+
+
+async def _fork_async(
+    driver: EngineDriver, run: RoundRun | CarryRun, items: _AsyncItems, trajectory_id: str, *args: Any
+) -> _Forked:
+    fork = run.ask_fork(trajectory_id, *args)
+    try:
+        with contextlib.suppress(InvalidInputError):
+            await asyncio.wait_for(asyncio.wrap_future(fork.answer), driver.config.stall_timeout_s)
+        ids = run.take_fork(fork)
+    finally:
+        run.end_fork(fork)
+    return ids, [] if ids is not None else run.take(await items.get())
 
 
 def _next_ready(stream: GroupStream | AsyncGroupStream) -> Group | None:

@@ -10,8 +10,10 @@ import math
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from longtail.engine.config import MAX_SEED, SamplingConfig
 from longtail.engine.errors import InvalidInputError
@@ -19,15 +21,15 @@ from longtail.engine.prompts import PromptLimits, Tokenizer, TokenPrompt, tokeni
 from longtail.engine.trajectory import (
     MODEL_TOKEN,
     Group,
-    KvSpan,
     Round,
     RoundStats,
-    Segment,
     Timings,
     TokenCounts,
     Trajectory,
     VersionSpan,
 )
+from longtail.engine.trajectory_parts import joined, segments_of
+from longtail.scheduler.fork_order import ForkPoint
 from longtail.scheduler.metadata import (
     MAX_GROUP_SIZE,
     MAX_ID_CHARS,
@@ -47,7 +49,7 @@ class MemberPlan:
 
     Attributes:
         request_id: of the request; a trajectory that goes on has another one each time.
-        max_tokens: output tokens that it may still have.
+        max_tokens: output tokens that it may have in all.
         index: place in the group, which is not that of the metadata when siblings have ended before.
         prior: the trajectory that it goes on with.
 
@@ -78,6 +80,7 @@ class RoundPlan:
     group_size: int
     prompts: list[TokenPrompt]
     sampling: SamplingConfig
+    can_fork: bool = False
 
     def members(self) -> Iterator[MemberPlan]:
         """Every member, group by group."""
@@ -97,6 +100,8 @@ class RoundPlan:
                         group=prompt.group_id,
                         group_size=self.group_size,
                         index=index,
+                        park=request_id if self.can_fork else None,
+                        can_fork=self.can_fork,
                     ),
                     None if seed is None else seed + index,
                     self.sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens[index],
@@ -121,6 +126,7 @@ def plan_round(
     tokenizer: Tokenizer | None,
     limits: PromptLimits,
     max_members: int | None = None,
+    can_fork: bool = False,
 ) -> RoundPlan:
     """Check the arguments of a round and tokenise its prompts.
 
@@ -147,7 +153,7 @@ def plan_round(
         target_groups = len(checked)
     elif target_groups > len(checked):
         raise InvalidInputError("target_groups", f"at most the {len(checked)} prompts given", target_groups)
-    return RoundPlan(round_id, target_groups, group_size, checked, sampling)
+    return RoundPlan(round_id, target_groups, group_size, checked, sampling, can_fork)
 
 
 def check_arguments(
@@ -190,36 +196,98 @@ def check_count(name: str, value: object, high: int) -> None:
 
 @dataclass(slots=True)
 class RoundCollector:
-    """Turns the final outputs of one round into trajectories, and those into the `Round`."""
+    """Turns the final outputs of one round into trajectories, and those into the `Round`.
+
+    Attributes:
+        plan: the round.
+        num_forking: forks that the scheduler was asked for: their branches are pending too.
+
+    """
 
     plan: RoundPlan
+    num_forking: int = 0
+    _members: dict[str, MemberPlan] = field(init=False)
     _pending: dict[str, MemberPlan] = field(init=False)
     _done: dict[str, list[Trajectory]] = field(init=False)
     _started: float = field(init=False)
 
     def __post_init__(self) -> None:
         self._pending = {member.request_id: member for member in self.plan.members()}
+        self._members = dict(self._pending)
         self._done = {prompt.group_id: [] for prompt in self.plan.prompts}
         self._started = time.monotonic()
 
     @property
     def num_pending(self) -> int:
         """Members without a final output."""
-        return len(self._pending)
+        return len(self._pending) + self.num_forking
 
-    def add(self, output: RequestOutput) -> Trajectory:
-        """Take a member's final output."""
-        member = self._pending.pop(output.request_id)
-        trajectory = segment_of(member, output)
+    @property
+    def request_ids(self) -> list[str]:
+        """Of all members, which are their trajectories' ids too."""
+        return list(self._members)
+
+    def pending(self, request_id: str) -> MemberPlan:
+        """A member without a final output."""
+        return self._pending[request_id]
+
+    def add(self, request_id: str, segment: Trajectory) -> Trajectory:
+        """Take what a member's request sampled; returns the whole trajectory."""
+        member = self._pending.pop(request_id)
+        trajectory = segment if member.prior is None else joined(member.prior, segment)
         self._done[trajectory.group_id].append(trajectory)
         return trajectory
+
+    def find(self, trajectory_id: str) -> tuple[MemberPlan, Trajectory | None]:
+        """A trajectory of the round: its plan, and what it became if it ended.
+
+        Raises:
+            InvalidInputError: there is none with this id.
+
+        """
+        member = self._members.get(trajectory_id)
+        if member is None:
+            raise InvalidInputError("trajectory_id", f"a trajectory of round {self.plan.round_id!r}", trajectory_id)
+        done = (one for one in self._done[member.prompt.group_id] if one.trajectory_id == trajectory_id)
+        return member, next(done, None)
+
+    def num_members(self, group_id: str) -> int:
+        """Trajectories of a group, branches included."""
+        return sum(member.prompt.group_id == group_id for member in self._members.values())
+
+    def expect(self, branches: Sequence[Trajectory], of: MemberPlan, point: ForkPoint) -> list[MemberPlan]:
+        """Branches of a member join the round; returns them as members to submit."""
+        plans = [
+            replace(
+                of,
+                request_id=branch.trajectory_id,
+                metadata=msgspec.structs.replace(
+                    of.metadata,
+                    index=branch.index,
+                    group_size=point.index + len(branches),
+                    park=branch.trajectory_id,
+                    num_prior_tokens=point.at,
+                    num_computed_tokens=max(0, len(of.prompt.token_ids) + point.at - 1) if point.at else 0,
+                    num_drawn_tokens=0,
+                    stop=of.sampling.stop if point.at else (),
+                ),
+                seed=branch.seed,
+                trajectory_id=branch.trajectory_id,
+                index=branch.index,
+                prior=branch,
+            )
+            for branch in branches
+        ]
+        for plan in plans:
+            self._members[plan.trajectory_id] = self._pending[plan.request_id] = plan
+        return plans
 
     def round(self, counts: dict[str, Any]) -> Round:
         """The whole round; `counts` are the scheduler's (`RoundCounts` as a dict).
 
         Every submitted member is in it: nothing is pending when this is called.
         """
-        assert not self._pending, f"{len(self._pending)} members have no final output"
+        assert not self.num_pending, f"{len(self._pending)} members have no final output"
         groups = [
             Group(
                 group_id=prompt.group_id,
@@ -247,8 +315,8 @@ def _stats(groups: list[Group], counts: dict[str, Any], seconds: float) -> Round
         num_cut_groups=num_cut,
         num_failed_groups=len(groups) - num_complete - num_cut,
         num_cut_members=sum(trajectory.was_cut for trajectory in trajectories),
-        num_output_tokens=sum(len(trajectory.output_token_ids) for trajectory in trajectories),
-        num_kept_tokens=sum(len(t.output_token_ids) for group in groups if group.complete for t in group.trajectories),
+        num_output_tokens=sum(trajectory.num_own_tokens for trajectory in trajectories),
+        num_kept_tokens=sum(t.num_own_tokens for group in groups if group.complete for t in group.trajectories),
         num_scheduled_tokens=sum(trajectory.tokens.scheduled for trajectory in trajectories),
         num_recomputed_tokens=sum(trajectory.tokens.recomputed for trajectory in trajectories),
         num_steps=counts["num_steps"],
@@ -262,7 +330,7 @@ def segment_of(member: MemberPlan, output: RequestOutput) -> Trajectory:
     """The final output of one request as a trajectory of its own, without what it had before."""
     completion: Any = output.outputs[0]
     token_ids = list(completion.token_ids)
-    report = report_of(output.kv_transfer_params)
+    report, num_prior = report_of(output.kv_transfer_params), member.metadata.num_prior_tokens
     return Trajectory(
         trajectory_id=member.trajectory_id,
         round_id=member.metadata.round,
@@ -278,7 +346,7 @@ def segment_of(member: MemberPlan, output: RequestOutput) -> Trajectory:
             for span in completion.weight_versions or ()
             if span.end > span.start
         ],
-        segments=_segments(report, member.metadata.num_prior_tokens, len(token_ids)),
+        segments=[] if report is None else segments_of(report.segments, num_prior, len(token_ids)),
         finish_reason=completion.finish_reason,
         stop_reason=completion.stop_reason,
         text=completion.text or None,
@@ -289,17 +357,27 @@ def segment_of(member: MemberPlan, output: RequestOutput) -> Trajectory:
     )
 
 
-def _segments(report: MemberReport | None, num_prior: int, num_tokens: int) -> list[Segment]:
-    """The segments of a report, counted in the tokens of its own request."""
-    if report is None or not num_tokens:
-        return []
-    starts = [start - num_prior for start, _ in report.segments]
-    ends = [*starts[1:], num_tokens]
-    return [
-        Segment(start=start, end=end, kv_versions=[KvSpan(*span) for span in spans])
-        for start, end, (_, spans) in zip(starts, ends, report.segments, strict=True)
-        if end > start
-    ]
+def trajectory_at(member: MemberPlan, point: ForkPoint) -> Trajectory:
+    """What a trajectory that runs had when it was forked: what is known here, then what the scheduler says of it."""
+    start = point.start
+    sampled = Trajectory(
+        trajectory_id=member.trajectory_id,
+        round_id=member.metadata.round,
+        group_id=member.prompt.group_id,
+        index=member.index,
+        prompt_token_ids=member.prompt.token_ids,
+        output_token_ids=point.token_ids,
+        logprobs=point.logprobs,
+        source_mask=[MODEL_TOKEN] * len(point.token_ids),
+        weight_versions=[VersionSpan(version, first - start, end - start) for version, first, end in point.versions],
+        segments=segments_of(point.segments, start, len(point.token_ids)),
+        finish_reason="abort",
+        seed=member.seed,
+        timings=Timings(submitted_s=0.0),
+        tokens=TokenCounts(),
+        metadata=member.prompt.metadata,
+    )
+    return sampled if member.prior is None else joined(member.prior, sampled)
 
 
 def _timings(report: MemberReport | None) -> Timings:

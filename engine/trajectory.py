@@ -84,6 +84,19 @@ class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0
 
 
+class Branch(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a trajectory left another one.
+
+    Attributes:
+        of: index of the other one in the same group.
+        at: output tokens `[0, at)` are that one's, log-probs and versions too; whatever they cost is counted there.
+
+    """
+
+    of: int
+    at: int
+
+
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     """One sample, prompt to end, token by token.
 
@@ -108,6 +121,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
         stop_reason: the stop string or token id that ended it, or `rollout_cut`.
         text: the detokenized output, for people.
         seed: the sampling seed, if one was given.
+        branch: where it left another trajectory; `None` for one that began with the prompt.
         reward: what a reward hook gave it.
         timings: see `Timings`.
         tokens: see `TokenCounts`.
@@ -133,6 +147,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     text: str | None = None
     seed: int | None = None
+    branch: Branch | None = None
     reward: float | None = None
     timings: Timings
     tokens: TokenCounts
@@ -147,6 +162,8 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(
                     f"trajectory {self.trajectory_id}: {name} has length {length}, output_token_ids has {num_tokens}"
                 )
+        if self.branch is not None and not 0 <= self.branch.at <= num_tokens:
+            raise ValueError(f"trajectory {self.trajectory_id}: {self.branch} is not within its {num_tokens} tokens")
         for name in ("weight_versions", "segments"):
             spans: list[VersionSpan | Segment] = getattr(self, name)
             if not _cover(spans, num_tokens) and (spans or name == "weight_versions"):
@@ -158,6 +175,11 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     def ended_by_itself(self) -> bool:
         """Nobody stopped it: it counts towards a complete group."""
         return self.finish_reason in ("stop", "length", "repetition")
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Output tokens that are not another trajectory's."""
+        return len(self.output_token_ids) - (0 if self.branch is None else self.branch.at)
 
     @property
     def was_cut(self) -> bool:

@@ -93,7 +93,7 @@ def sampling_params(member: MemberPlan) -> SamplingParams:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_tokens=member.max_tokens,
-        min_tokens=max(0, min(sampling.min_tokens - member.metadata.num_prior_tokens, member.max_tokens)),
+        min_tokens=min(sampling.min_tokens, member.max_tokens),
         stop=None if goes_on else list(sampling.stop) or None,
         detokenize=not goes_on,
         stop_token_ids=list(sampling.stop_token_ids) or None,

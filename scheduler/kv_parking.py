@@ -1,9 +1,10 @@
-"""Parks the KV of stopped requests in vLLM's block pool, and gives it back as a prefix-cache hit.
+"""Parks the KV of requests in vLLM's block pool, and gives it as a prefix-cache hit to whoever goes on from it.
 
 Parking uses `BlockPool.unpin_blocks`: the blocks stay readable, count as free, and the pool says when it hands one out.
 Taking up again uses what vLLM does with a prefix-cache hit that ends inside a block: the hit is offered when the
 request is scheduled, not before, so a request that waits holds nothing; the tail block is copied on write. It needs
-no hash and works with prefix caching off.
+no hash and works with prefix caching off. A branch is the same: the KV of a running request is parked for it while the
+request goes on, which only writes to positions that the branch does not read.
 
 `PrefixCacheGate` keeps KV of mixed weight versions out of the prefix cache.
 """
@@ -11,6 +12,7 @@ no hash and works with prefix caching off.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from longtail.scheduler.kv_policy import KvPolicy, KvVersions
 from longtail.scheduler.parked_queue import ParkedLastQueue
-from longtail.scheduler.parking import Parked, ParkingLot, digest_of
+from longtail.scheduler.parking import Parked, ParkingLot
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -66,17 +68,45 @@ class KvParking:
             num_kept = -(-num_tokens // manager.block_size)
             self._pool.free_blocks(reversed(blocks[num_kept:]))
             kept.append(blocks[:num_kept])
-        token_ids = request._all_token_ids
+        self._enter(key, request, kept, num_tokens, versions, policy)
+
+    def share(self, key: str, request: Request, num_tokens: int, versions: KvVersions, policy: KvPolicy) -> None:
+        """Park what a request has for `[0, num_tokens)` without taking it from the request."""
+        shared: list[list[KVCacheBlock]] = []
+        for manager in self._managers:
+            blocks = manager.req_to_blocks[request.request_id][: -(-num_tokens // manager.block_size)]
+            self._pool.touch(blocks)
+            shared.append(blocks)
+        self._enter(key, request, shared, num_tokens, versions, policy)
+
+    def copy(self, key: str, source: str, num_tokens: int) -> int:
+        """Park under `key` too what is parked under `source`, for at most `num_tokens`; for how many there is KV."""
+        parked = self.lot.get(source)
+        if parked is None or num_tokens <= 0:
+            return 0
+        entry = parked.cut_to(num_tokens, [manager.block_size for manager in self._managers])
+        self._release(self.lot.park(key, entry))
+        return entry.num_tokens
+
+    def _enter(
+        self,
+        key: str,
+        request: Request,
+        groups: Sequence[Sequence[KVCacheBlock]],
+        num_tokens: int,
+        versions: KvVersions,
+        policy: KvPolicy,
+    ) -> None:
+        """Take blocks in, by group, to which a reference is held: it is given up."""
         parked = Parked(
             num_tokens=num_tokens,
-            num_sequence_tokens=len(token_ids),
-            digest=digest_of(token_ids),
-            block_ids=tuple(tuple(block.block_id for block in blocks) for blocks in kept),
+            token_ids=array("i", request._all_token_ids[:num_tokens]),
+            block_ids=tuple(tuple(block.block_id for block in blocks) for blocks in groups),
             versions=versions.upto(num_tokens),
             policy=policy,
         )
         self._release(self.lot.park(key, parked))
-        for blocks in kept:
+        for blocks in groups:
             # The tail first: what the pool takes back from a sequence is its end.
             self._pool.unpin_blocks(reversed(blocks), self._lose)
 

@@ -11,6 +11,8 @@ from longtail.scheduler.metadata import MemberReport, RolloutMetadata
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from longtail.scheduler.forking import History
+
 
 @dataclass(slots=True)
 class Member:
@@ -18,7 +20,7 @@ class Member:
 
     An episode is the time between two losses of its KV. `start` is where the current one began (tokens whose KV was
     there), `None` while it is not in the batch; `frontier` is the longest prefix that ever had KV. `num_renewals`
-    counts how often new weights took its KV.
+    counts how often new weights took its KV. `history` is there if it may be forked.
     """
 
     request: Request
@@ -37,6 +39,7 @@ class Member:
     num_parked: int = 0
     num_renewals: int = 0
     kv: KvVersions | None = None
+    history: History | None = None
     segments: list[tuple[int, list[tuple[str, int, int]]]] = field(default_factory=list)
 
     @staticmethod
@@ -51,6 +54,11 @@ class Member:
             num_prior=metadata.num_prior_tokens,
             frontier=metadata.num_computed_tokens,
         )
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Output tokens since it arrived."""
+        return self.request.num_output_tokens - self.num_prior
 
     @property
     def num_valid(self) -> int:
@@ -94,7 +102,7 @@ class Member:
     def report(self, now: float) -> MemberReport:
         """Its final report."""
         self.end_episode()
-        num_output = self.num_prior + self.request.num_output_tokens
+        num_output = self.request.num_output_tokens
         return MemberReport(
             opened_ts=self.opened_ts,
             arrived_ts=self.arrived_ts,
@@ -113,7 +121,7 @@ class Member:
     def _begin_segment(self) -> None:
         """The next token begins a segment, in place of one that got none."""
         assert self.kv is not None
-        start = self.num_prior + self.request.num_output_tokens
+        start = self.request.num_output_tokens
         if self.segments and self.segments[-1][0] == start:
             self.segments.pop()
         self.segments.append((start, self.kv.spans(self.request.num_tokens)))

@@ -41,10 +41,14 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         index: place in the group, 0-based, below `group_size`.
         park: key under which its KV is parked when its round is cut, and looked for when it begins. `None` frees it.
         kv_policy: what a weight change does to its KV: `fresh`, `stale` or `stale_up_to:k`.
-        num_prior_tokens: how many tokens at the end of its prompt are output of the same trajectory, sampled before.
+        num_prior_tokens: how many tokens at the end of its prompt are output of the same trajectory, sampled before. To
+            the engine they are output: `max_tokens` and `min_tokens` of the request count them.
         num_computed_tokens: for how many tokens of its prompt there had been KV when it was stopped.
+        num_drawn_tokens: how many of `num_prior_tokens` were drawn with the request's own seed; all by default.
         stop: stop strings of a trajectory that goes on; the front end, which does not know the text before, would find
             others.
+        can_fork: branches of it may be asked for under its `park` key until its group is complete or its round
+            forgotten: what it needs for that is kept.
 
     """
 
@@ -57,7 +61,14 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     kv_policy: str = "fresh"
     num_prior_tokens: int = 0
     num_computed_tokens: int = 0
+    num_drawn_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    can_fork: bool = False
+
+    @property
+    def num_draws(self) -> int:
+        """Tokens of the prompt that the request's own seed has drawn."""
+        return self.num_prior_tokens if self.num_drawn_tokens is None else self.num_drawn_tokens
 
 
 class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,6 +139,11 @@ def parse_metadata(value: object) -> RolloutMetadata:
     for name in ("num_prior_tokens", "num_computed_tokens"):
         if getattr(metadata, name) < 0:
             raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", "an integer >= 0", getattr(metadata, name))
+    if not 0 <= metadata.num_draws <= metadata.num_prior_tokens:
+        what = f"an integer in [0, {metadata.num_prior_tokens}], the prior tokens"
+        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.num_drawn_tokens", what, metadata.num_drawn_tokens)
+    if metadata.can_fork and metadata.park is None:
+        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.can_fork", "a `park` key with it", metadata.can_fork)
     if not all(metadata.stop):
         raise InvalidInputError(f"{EXTRA_ARGS_KEY}.stop", "non-empty strings", metadata.stop)
     KvPolicy.parse(metadata.kv_policy, f"{EXTRA_ARGS_KEY}.kv_policy")

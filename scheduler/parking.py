@@ -1,15 +1,15 @@
-"""Which parked KV there is: the book-keeping of stopped trajectories whose KV blocks may still be readable.
+"""Which parked KV there is: the book-keeping of trajectories that do not run and whose KV blocks may still be readable.
 
 A parked block belongs to the pool, which may hand it to anybody: `lose` is told then, and the trajectories that used
 it keep the prefix before it. Nothing here can block a running request. This module knows block ids and lengths, no
 vLLM; `kv_parking.py` moves the blocks.
 
-Several trajectories may have parked the same block (siblings share their prompt's).
+Several trajectories may have parked the same block: siblings share their prompt's, branches what is before them. A
+running request may use a parked block, too.
 """
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,13 @@ from dataclasses import dataclass
 from longtail.scheduler.kv_policy import KvPolicy, KvVersions
 
 
-def digest_of(token_ids: Sequence[int]) -> bytes:
-    """16 bytes that tell token sequences apart, so that parked KV is never given to another one."""
-    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16).digest()
-
-
 @dataclass(slots=True)
 class Parked:
-    """The KV of one stopped trajectory.
+    """The KV of one stopped trajectory, or of a branch that has not begun.
 
     Attributes:
         num_tokens: KV of positions `[0, num_tokens)` is readable; shrinks when the pool takes blocks back.
-        num_sequence_tokens: length of the sequence when it was parked, whose digest is `digest`.
+        token_ids: the tokens whose KV it is, int32, at least `num_tokens` of them.
         block_ids: by KV group, the blocks of those positions in order.
         versions: of the KV.
         policy: what a weight change does to it.
@@ -36,15 +31,28 @@ class Parked:
     """
 
     num_tokens: int
-    num_sequence_tokens: int
-    digest: bytes
+    token_ids: array[int]
     block_ids: tuple[tuple[int, ...], ...]
     versions: KvVersions
     policy: KvPolicy
 
     def fits(self, token_ids: Sequence[int]) -> bool:
-        """Whether `token_ids` is the parked sequence, or one that goes on from it."""
-        return digest_of(token_ids[: self.num_sequence_tokens]) == self.digest
+        """Whether it is KV of `token_ids`, as far as both go: KV is never given to another sequence."""
+        length = min(self.num_tokens, len(token_ids))
+        return array("i", token_ids[:length]) == self.token_ids[:length]
+
+    def cut_to(self, num_tokens: int, block_sizes: Sequence[int]) -> Parked:
+        """The same for at most the first `num_tokens` positions."""
+        num_tokens = min(num_tokens, self.num_tokens)
+        return Parked(
+            num_tokens=num_tokens,
+            token_ids=self.token_ids[:num_tokens],
+            block_ids=tuple(
+                ids[: -(-num_tokens // size)] for size, ids in zip(block_sizes, self.block_ids, strict=True)
+            ),
+            versions=self.versions.upto(num_tokens),
+            policy=self.policy,
+        )
 
 
 class ParkingLot:

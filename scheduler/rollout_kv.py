@@ -90,9 +90,29 @@ class RolloutKv:
         num_tokens = member.num_valid
         if num_tokens == 0 or member.kv is None:
             return
+        self._lot_opened().park(member.park, member.request, num_tokens, member.kv, member.kv_policy)
+
+    def share(self, key: str, member: Member, num_tokens: int) -> int:
+        """Park under `key` what a live member has for at most `num_tokens`; returns for how many there is KV."""
+        if member.start is None or member.kv is None:
+            # It waits: what is parked for it, if it was cut, is for its branches too.
+            return (
+                0 if member.park is None or member.request.num_preemptions else self.copy(key, member.park, num_tokens)
+            )
+        num_tokens = min(num_tokens, member.num_valid)
+        if num_tokens <= 0:
+            return 0
+        self._lot_opened().share(key, member.request, num_tokens, member.kv, member.kv_policy)
+        return num_tokens
+
+    def copy(self, key: str, source: str, num_tokens: int) -> int:
+        """Park under `key` too what is parked under `source`; see `KvParking.copy`."""
+        return 0 if self._parking is None else self._parking.copy(key, source, num_tokens)
+
+    def _lot_opened(self) -> KvParking:
         if self._parking is None:
             self._parking = KvParking(self._scheduler)
-        self._parking.park(member.park, member.request, num_tokens, member.kv, member.kv_policy)
+        return self._parking
 
     def forget(self, keys: list[str]) -> None:
         """Give up what is parked under these keys."""

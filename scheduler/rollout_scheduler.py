@@ -1,6 +1,6 @@
 """The adapter: vLLM's V1 scheduler plus rounds that it cuts itself.
 
-`RolloutMixin` overrides eight named methods of `vllm.v1.core.sched.scheduler.Scheduler`. Which members count, and when
+`RolloutMixin` overrides nine named methods of `vllm.v1.core.sched.scheduler.Scheduler`. Which members count, and when
 a round is cut, is `RoundBook`'s to decide; what becomes of their KV is `RolloutKv`'s. A request without rollout
 metadata takes stock vLLM's path, and an engine without any pays one empty-dict test a step.
 
@@ -9,8 +9,8 @@ from outside is parsed before anything is enqueued, and what is wrong is answere
 finish reason is `error` and whose stop reason names the field.
 
 Only `add_request`, `schedule`, `_get_local_prefix_cache_hit`, `update_from_output`, `finish_requests`,
-`_preempt_request` and `has_requests` may be called by vLLM; `rollout_rpc` is called by the front end through the
-ledger's method on `EngineCore`.
+`_preempt_request`, `_free_blocks` and `has_requests` may be called by vLLM; `rollout_rpc` is called by the front end
+through the ledger's method on `EngineCore`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from longtail.scheduler.errors import InvalidInputError
+from longtail.scheduler.forking import Forking, cannot_fork
 from longtail.scheduler.kv_policy import KvPolicy
 from longtail.scheduler.member import Member
 from longtail.scheduler.metadata import CUT_STOP_REASON, EXTRA_ARGS_KEY, MemberReport, RolloutMetadata, metadata_of
@@ -44,15 +45,18 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-#: Finish reasons of a member that ended by itself, so that its group can be complete.
+#: Finish reasons of a member that ended by itself, so that its group can be complete, and its request's status then.
 _NATURAL = frozenset({FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION})
+_NATURAL_STATUS = frozenset(
+    {RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_REPETITION}
+)
 
 
 class RolloutMixin(_Base):
     """Rounds for any V1 scheduler; put it before the scheduler class in the bases."""
 
     #: Operations of `rollout_rpc`.
-    RPC_OPS = ("round", "close_round", "forget_round", "counters", "weights", "unpark")
+    RPC_OPS = ("round", "close_round", "forget_round", "fork", "counters", "weights", "unpark")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,6 +66,7 @@ class RolloutMixin(_Base):
         self._stop_strings = StopStringWatch(self.vllm_config.model_config)
         self._answers: list[tuple[int, EngineCoreOutput]] = []
         self._kv = RolloutKv(self)
+        self._forking = Forking(self._kv, self._book)
 
     # ---- called by vLLM ------------------------------------------------------------------------------------
 
@@ -71,7 +76,7 @@ class RolloutMixin(_Base):
         try:
             metadata = metadata_of(params.extra_args if params is not None else None)
             if metadata is not None:
-                _check_request(metadata, request)
+                _check_request(metadata, request, self._kv.refusal)
             admission = None if metadata is None else self._book.admit(request.request_id, metadata, now)
         except InvalidInputError as error:
             self._answer(request, FinishReason.ERROR, str(error))
@@ -79,14 +84,17 @@ class RolloutMixin(_Base):
         if metadata is None:
             super().add_request(request)
             return
+        _restore(request, metadata.num_prior_tokens)
         member = Member.of(request, metadata, self._book.opened_ts(metadata.round), now)
         if admission is Admission.LATE:
             request.record_event(EngineCoreEventType.QUEUED, now)
             self._answer(request, FinishReason.ABORT, CUT_STOP_REASON, member)
             return
         self._members[request.request_id] = member
+        if metadata.can_fork:
+            self._forking.enter(member)
         self._no_token_yet.add(request.request_id)
-        self._stop_strings.watch(request, metadata.num_prior_tokens, metadata.stop)
+        self._stop_strings.watch(request, metadata.stop)
         self._kv.check(member)
         super().add_request(request)
 
@@ -132,6 +140,12 @@ class RolloutMixin(_Base):
         self._kv.end([request.request_id])
         super()._preempt_request(request, timestamp, drop_stale_output)
 
+    def _free_blocks(self, request: Request) -> None:
+        member = self._members.get(request.request_id)
+        if member is not None and member.history is not None and request.status in _NATURAL_STATUS:
+            self._kv.park(member)
+        super()._free_blocks(request)
+
     def has_requests(self) -> bool:
         return bool(self._answers) or super().has_requests()
 
@@ -140,6 +154,11 @@ class RolloutMixin(_Base):
     def _note_batch(self, output: SchedulerOutput) -> None:
         """Remember when members enter the batch and what the prefix cache gave them."""
         entered = [data.req_id for data in output.scheduled_new_reqs]
+        for data in output.scheduled_new_reqs:
+            going_on = self._members.get(data.req_id)
+            if going_on is not None and going_on.num_prior and not self.use_v2_model_runner:
+                # The V2 runner gets them as `prefill_token_ids`; of V1 see `longtail.engine.patches.prior_output`.
+                data.prompt_token_ids = list(going_on.request.all_token_ids)
         entered.extend(output.scheduled_cached_reqs.resumed_req_ids)
         if not entered:
             return
@@ -154,11 +173,13 @@ class RolloutMixin(_Base):
         now = time.monotonic()
         for request_id in tuple(self._no_token_yet):
             member = self._members[request_id]
-            if member.request.num_output_tokens:
+            if member.num_new_tokens:
                 member.first_token_ts = now
                 self._no_token_yet.discard(request_id)
         for client_outputs in outputs.values():
             for output in client_outputs.outputs:
+                if self._forking:
+                    self._forking.note(output)
                 if output.finish_reason is not None:
                     self._count_finished(output, now)
                 elif self._stop_strings and (text := self._stop_strings.hit(output.request_id, output.new_token_ids)):
@@ -180,7 +201,7 @@ class RolloutMixin(_Base):
                 output.finish_reason, output.stop_reason = FinishReason.STOP, text
         self._drop_member(output.request_id)
         if output.finish_reason in _NATURAL:
-            self._book.finish(output.request_id, member.request.num_output_tokens)
+            self._kv.forget(self._book.finish(output.request_id, member.num_new_tokens))
         else:
             self._book.leave(output.request_id)
         _attach_report(output, member.report(now))
@@ -193,12 +214,12 @@ class RolloutMixin(_Base):
         abort, one step later, finds no request. Of a resumed member it does not know the text before, so there it
         gets the reason, and makes the whole text itself.
         """
+        super().finish_requests(output.request_id, RequestStatus.FINISHED_STOPPED)
         member = self._drop_member(output.request_id)
         assert member is not None
         if member.num_prior:
             output.finish_reason, output.stop_reason = FinishReason.STOP, stop_string
-        super().finish_requests(output.request_id, RequestStatus.FINISHED_STOPPED)
-        self._book.finish(output.request_id, member.request.num_output_tokens)
+        self._kv.forget(self._book.finish(output.request_id, member.num_new_tokens))
         _attach_report(output, member.report(now))
 
     def _cut(
@@ -224,6 +245,8 @@ class RolloutMixin(_Base):
             self._no_token_yet.discard(request_id)
             self._stop_strings.forget(request_id)
             self._kv.end([request_id])
+            if member.history is not None:
+                self._forking.leave(member)
         return member
 
     def _answer(
@@ -248,7 +271,8 @@ class RolloutMixin(_Base):
         fields of `RoundCounts`, the first two also `num_output_tokens` of its live members, and how many requests of
         the engine run and wait. `counters` takes nothing. `weights` says that the model has new weights: `version`
         (int), `kv_policy` of requests that are no members, `share_prefix` (new requests may hit blocks of older
-        weights). `unpark` gives up the parked KV of `keys`. Both answer the counters.
+        weights). `unpark` gives up the parked KV of `keys`. Both answer the counters. `fork` takes the fields of
+        `ForkOrder` and answers those of `ForkPoint`.
         What the caller did wrong comes back as `{"invalid": [field, expected, got]}`: an exception would reach
         the caller without its type.
         """
@@ -259,13 +283,19 @@ class RolloutMixin(_Base):
                 self._change_weights(args)
             elif op == "unpark":
                 self._kv.forget(_string_list(args, "keys"))
+            elif op == "fork":
+                point: dict[str, Any] = msgspec.to_builtins(self._forking.fork(args))
+                return point
             if op in ("counters", "weights", "unpark"):
                 return self._counters()
             round_id = args.get("round")
             if not isinstance(round_id, str):
                 raise InvalidInputError("round", "a string", round_id)
             if op == "forget_round":
-                return asdict(self._book.forget(round_id))
+                keys = self._book.kept_keys(round_id)
+                counts = self._book.forget(round_id)
+                self._kv.forget(keys)
+                return asdict(counts)
             if op == "close_round":
                 self._close_round(round_id)
             return asdict(self._book.counts(round_id)) | self._now(round_id)
@@ -274,9 +304,9 @@ class RolloutMixin(_Base):
 
     def _now(self, round_id: str) -> dict[str, int]:
         num_running, num_waiting = self.get_request_counts()
-        live = (self._members[request_id].request for request_id in self._book.live_members(round_id))
+        live = (self._members[request_id] for request_id in self._book.live_members(round_id))
         return {
-            "num_output_tokens": sum(request.num_output_tokens for request in live),
+            "num_output_tokens": sum(member.num_new_tokens for member in live),
             "num_running": num_running,
             "num_waiting": num_waiting,
         }
@@ -308,16 +338,39 @@ class RolloutMixin(_Base):
         }
 
 
-def _check_request(metadata: RolloutMetadata, request: Request) -> None:
+def _check_request(metadata: RolloutMetadata, request: Request, kv_refusal: str | None) -> None:
     """What only the request itself can say of its metadata."""
+    if metadata.can_fork and (refusal := kv_refusal or cannot_fork(request)) is not None:
+        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.can_fork", f"false, because of {refusal}", metadata.can_fork)
     if request.resumable:
         raise InvalidInputError(EXTRA_ARGS_KEY, "a request whose prompt is there at once", "streaming input")
+    if metadata.num_prior_tokens and request.prompt_embeds is not None:
+        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.num_prior_tokens", "0, because the prompt has embeddings", metadata)
     for name, bound in (
         ("num_prior_tokens", request.num_prompt_tokens - 1),
         ("num_computed_tokens", request.num_prompt_tokens),
     ):
         if getattr(metadata, name) > bound:
             raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", f"at most {bound}, for its prompt", metadata)
+    if metadata.num_prior_tokens >= request.max_tokens:
+        what = f"more than the {metadata.num_prior_tokens} prior tokens, which it counts too"
+        raise InvalidInputError("max_tokens", what, request.max_tokens)
+
+
+def _restore(request: Request, num_prior: int) -> None:
+    """Make the last tokens of a prompt output again.
+
+    vLLM then counts budgets, stops, penalties and repetitions as if the trajectory had never been stopped, as it does
+    for a request that it preempted.
+    """
+    if not num_prior:
+        return
+    assert request.prompt_token_ids is not None
+    request._output_token_ids.extend(request.prompt_token_ids[-num_prior:])
+    request.prompt_token_ids = request.prompt_token_ids[:-num_prior]
+    request.num_prompt_tokens -= num_prior
+    # Of a prompt that is prefilled for the first time: this has been, and may have KV beyond it.
+    request.prefill_stats = None
 
 
 def _string_list(args: dict[str, Any], name: str) -> list[str]:

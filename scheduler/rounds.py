@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from longtail.scheduler.errors import InvalidInputError
-from longtail.scheduler.metadata import RolloutMetadata
+from longtail.scheduler.metadata import MAX_GROUP_SIZE, RolloutMetadata
 
 MAX_IDLE_ROUNDS = 1024
 """Rounds without a live member that are remembered, so that a late member still gets the right answer."""
@@ -31,9 +31,17 @@ class Admission(Enum):
 
 @dataclass(slots=True)
 class _Group:
+    """`declared_size` is what its members say of it, `size` counts branches too.
+
+    `reserved` are places of branches that have not arrived, `kept` park keys of finished members that may be forked.
+    """
+
+    declared_size: int
     size: int
     live: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
+    reserved: set[int] = field(default_factory=set)
+    kept: list[str] = field(default_factory=list)
     num_output_tokens: int = 0
 
 
@@ -144,21 +152,54 @@ class RoundBook:
             self.totals.rounds += 1
         group = entry.groups.get(metadata.group)
         if group is None:
-            group = entry.groups[metadata.group] = _Group(metadata.group_size)
+            group = entry.groups[metadata.group] = _Group(metadata.group_size, metadata.group_size)
         self._idle.pop(metadata.round, None)
         self._live[metadata.round] = entry
         group.live.add(metadata.index)
+        group.reserved.discard(metadata.index)
         entry.live[request_id] = metadata
         self._round_of[request_id] = metadata.round
         return Admission.ADMIT
 
-    def finish(self, request_id: str, num_output_tokens: int) -> None:
-        """A live member finished by itself; its group may be complete now."""
+    def reserve(self, round_id: str, group_id: str, count: int) -> int:
+        """Make room for `count` more members in a group, which is not complete before they finished.
+
+        Returns:
+            The place of the first; the others follow.
+
+        Raises:
+            InvalidInputError: no such round or group, its round is over, it is complete, or it would be too large.
+
+        """
+        entry = self._known(round_id)
+        if entry.closed:
+            raise InvalidInputError("round", "a round that is not over", round_id)
+        group = entry.groups.get(group_id)
+        if group is None or len(group.finished) == group.size:
+            raise InvalidInputError("group", f"a group of round {round_id!r} that is not complete", group_id)
+        if group.size + count > MAX_GROUP_SIZE:
+            raise InvalidInputError("keys", f"at most {MAX_GROUP_SIZE - group.size} branches", count)
+        first = group.size
+        group.size += count
+        group.reserved.update(range(first, group.size))
+        return first
+
+    def finish(self, request_id: str, num_output_tokens: int) -> list[str]:
+        """A live member finished by itself.
+
+        Returns:
+            If its group is complete now: park keys of members that can't be forked any more.
+
+        """
         round_id, entry, metadata = self._remove(request_id)
         group = entry.groups[metadata.group]
         group.finished.add(metadata.index)
         group.num_output_tokens += num_output_tokens
+        if metadata.can_fork and metadata.park is not None:
+            group.kept.append(metadata.park)
+        done: list[str] = []
         if len(group.finished) == group.size:
+            done, group.kept = group.kept, done
             entry.num_complete_groups += 1
             entry.num_kept_tokens += group.num_output_tokens
             self.totals.complete_groups += 1
@@ -166,6 +207,7 @@ class RoundBook:
             if entry.num_complete_groups == entry.target_groups:
                 self._ready.append((round_id, entry))
         self._settle(round_id, entry)
+        return done
 
     def leave(self, request_id: str) -> None:
         """A live member ended without finishing (caller's abort, error). Its place may be taken again."""
@@ -188,6 +230,10 @@ class RoundBook:
 
         """
         return self._close(round_id, self._known(round_id))
+
+    def kept_keys(self, round_id: str) -> list[str]:
+        """Park keys of the finished members of a known round that may be forked."""
+        return [key for group in self._known(round_id).groups.values() for key in group.kept]
 
     def forget(self, round_id: str) -> RoundCounts:
         """Drop a round that has no live member, and return its final numbers.
@@ -288,10 +334,12 @@ def _check_consistent(entry: _Round, metadata: RolloutMetadata) -> None:
         )
     if (group := entry.groups.get(metadata.group)) is None:
         return
-    if metadata.group_size != group.size:
+    if metadata.index in group.reserved:
+        return
+    if metadata.group_size != group.declared_size:
         raise InvalidInputError(
             "rollout.group_size",
-            f"{group.size}, as the other members of group {metadata.group!r} say",
+            f"{group.declared_size}, as the other members of group {metadata.group!r} say",
             metadata.group_size,
         )
     if metadata.index in group.live or metadata.index in group.finished:

@@ -32,30 +32,28 @@ class StopStringWatch:
     def __bool__(self) -> bool:
         return bool(self._detokenizers)
 
-    def watch(self, request: Request, num_prior: int = 0, stop: Sequence[str] = ()) -> None:
+    def watch(self, request: Request, stop: Sequence[str] = ()) -> None:
         """Watch `request` for its own stop strings and for `stop`, if there is a tokenizer.
 
-        The last `num_prior` tokens of its prompt are output too: a stop string may begin in them.
+        A stop string may begin in output that it has already, but does not lie in it.
         """
         params = request.sampling_params
         if params is None or not (params.stop or stop) or self._model_config.skip_tokenizer_init:
             return
         if self._tokenizer is None:
             self._tokenizer = cached_tokenizer_from_config(self._model_config)
-        token_ids = request.prompt_token_ids or []
-        num_prompt = len(token_ids) - num_prior
-        if num_prior or stop:
+        prior = list(request.output_token_ids)
+        if prior or stop:
             params = params.clone()
             params.detokenize = True
             params.stop = [*(params.stop or ()), *stop]
-            # What is there did not stop it, and `min_tokens` is of what is left.
-            params.min_tokens += num_prior
+            params.min_tokens = max(params.min_tokens, len(prior))
         # It reads only these three, which Request has under the same names.
         source: Any = SimpleNamespace(
-            request_id=request.request_id, prompt_token_ids=token_ids[:num_prompt], sampling_params=params
+            request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, sampling_params=params
         )
         detokenizer = IncrementalDetokenizer.from_new_request(self._tokenizer, source)
-        detokenizer.update(token_ids[num_prompt:], False)
+        detokenizer.update(prior, False)
         self._detokenizers[request.request_id] = detokenizer
 
     def hit(self, request_id: str, new_token_ids: list[int]) -> str | None:

@@ -46,6 +46,8 @@ ENTRY = Entry(
             (_SCHEDULER, "Scheduler._get_local_prefix_cache_hit", "67c70b761f94aa73"),
             (_SCHEDULER, "Scheduler.schedule", "9bccda83b4fd34af"),
             (_SCHEDULER, "Scheduler.update_from_output", "118a85f8ea703095"),
+            (_SCHEDULER, "Scheduler._free_request", "929f84fb248f15ac"),
+            (_SCHEDULER, "Scheduler._free_blocks", "102ed5de605b8182"),
             (_SCHEDULER, "Scheduler._preempt_request", "3c74a6f3e8b7d175"),
             (_SCHEDULER, "Scheduler.reset_prefix_cache", "ba071afd425a7c6f"),
         )

@@ -31,6 +31,7 @@ from longtail.engine.patches import (
     cpu_weight_digests,
     fast_start,
     kv_parking,
+    prior_output,
     request_check,
     resumed_seeds,
     worker_report,
@@ -53,6 +54,7 @@ ENTRIES: tuple[Entry, ...] = (
     cpu_seeded_prefill.ENTRY,
     cpu_tied_reload.ENTRY,
     cpu_weight_digests.ENTRY,
+    prior_output.ENTRY,
     resumed_seeds.ENTRY,
 )
 

@@ -36,9 +36,9 @@ def _make_update_states(stock: Any, owner: type) -> Any:
         for new in scheduler_output.scheduled_new_reqs:
             generator = self.requests[new.req_id].generator
             metadata = None if generator is None else metadata_of(new.sampling_params.extra_args)
-            if metadata is not None and metadata.num_prior_tokens:
+            if metadata is not None and metadata.num_draws:
                 sampler = self.sampler.topk_topp_sampler
-                skip_draws(generator, metadata.num_prior_tokens, sampler, self.input_batch.vocab_size)
+                skip_draws(generator, metadata.num_draws, sampler, self.input_batch.vocab_size)
         return result
 
     return _update_states

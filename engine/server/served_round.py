@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from longtail.engine.errors import EngineDeadError, LongtailError
-from longtail.engine.rounds import MemberPlan, RoundCollector, RoundPlan
+from longtail.engine.rounds import MemberPlan, RoundCollector, RoundPlan, segment_of
 from longtail.engine.server.bodies import ErrorLine, RoundLine, encode_line, trajectory_line
 from longtail.engine.server.problems import problem
 from longtail.engine.server.scheduler_link import SchedulerLink, core_ended
@@ -72,7 +72,8 @@ class ServedRound:
                 ended = await self._next_ended()
                 if isinstance(ended, Exception):
                     raise ended
-                yield encode_line(trajectory_line(self._collector.add(ended)))
+                segment = segment_of(self._collector.pending(ended.request_id), ended)
+                yield encode_line(trajectory_line(self._collector.add(ended.request_id, segment)))
             counts = await self._link.rpc("round", round=self.round_id)
             stats = self._collector.round(counts).stats
             last: RoundLine | ErrorLine = RoundLine(

@@ -324,13 +324,9 @@ class CarryMachine(RuleBasedStateMachine):
             readable = block_ids[: -(-parked.num_tokens // size)]
             assert len(readable) * size >= parked.num_tokens > 0
             assert all(block_id in pool._reuse_watchers for block_id in readable), "nobody will say that it is lost"
-            sequence = self.driver.cut_sequences.get(key, [])
-            if len(sequence) == parked.num_sequence_tokens:
-                versions = [
-                    int(version) for version, *run in parked.versions.spans(parked.num_tokens) for _ in range(*run)
-                ]
-                cells = [kv.model.blocks[readable[place // size]].get(place % size) for place in range(len(versions))]
-                assert cells == list(zip(sequence, versions, strict=False)), f"parked KV of {key}"
+            versions = [int(version) for version, *run in parked.versions.spans(parked.num_tokens) for _ in range(*run)]
+            cells = [kv.model.blocks[readable[place // size]].get(place % size) for place in range(len(versions))]
+            assert cells == list(zip(parked.token_ids, versions, strict=False)), f"parked KV of {key}"
 
     # ---- the end -----------------------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ class Round:
             self.engine.add(
                 f"{name}#{self.number}",
                 self.prompts[name] + self.tokens[name],
-                length - len(self.tokens[name]),
+                length,
                 {
                     "round": f"{id(self)}/{self.number}", "target_groups": target, "group": name, "park": name,
                     "kv_policy": self.kv_policy, "num_prior_tokens": len(self.tokens[name]),
@@ -389,7 +389,7 @@ def test_other_running_requests_follow_the_policy_over_any_number_of_changes(
 def test_metadata_of_a_resume_is_checked_against_the_request(make: Make) -> None:
     engine = make()
     bad = {"round": "r", "target_groups": 1, "group": "0", "num_prior_tokens": 50}
-    engine.add("bad", PROMPT, 5, bad)
+    engine.add("bad", PROMPT, 55, bad)
     (output,) = [one for _, outputs in engine.run() for one in outputs] + engine.drain()
     assert output.finish_reason is FinishReason.ERROR
     assert "num_prior_tokens: expected at most 49" in str(output.stop_reason)

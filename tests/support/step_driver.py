@@ -240,16 +240,18 @@ class StepDriver:
         """Hold the output against what the model read and did."""
         reads = {len(cells): cells for cells in self.kv.model.sampled_from.pop(one.name, [])}
         sequence = one.prompt + one.tokens
-        assert len(one.tokens) <= one.max_tokens
+        num_prior = 0 if one.metadata is None else one.metadata["num_prior_tokens"]
+        assert num_prior + len(one.tokens) <= one.max_tokens
         if str(output.finish_reason) == "length":
-            assert len(one.tokens) == min(one.max_tokens, self.engine.limits.max_model_len - len(one.prompt))
+            assert len(one.tokens) == min(
+                one.max_tokens - num_prior, self.engine.limits.max_model_len - len(one.prompt)
+            )
         assert one.logprobs == [-(token % 7) - 0.5 for token in one.tokens], "log-probs of other tokens"
         report = report_of(output.kv_transfer_params)
         starts: list[int] = []
         if one.metadata is not None:
             assert report is not None
-            prior = one.metadata["num_prior_tokens"]
-            starts = [start - prior for start, _ in report.segments]
+            starts = [start - num_prior for start, _ in report.segments]
             assert not one.tokens or starts[0] == 0
             assert starts == sorted(set(starts))
             self.seen["preemptions"] += report.num_preemptions

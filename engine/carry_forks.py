@@ -1,0 +1,100 @@
+"""Forks of trajectories in one round that carries over: of those that run, and of those that were stopped or ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from longtail.engine.carry_round import CarryRound
+from longtail.engine.driver import EngineDriver
+from longtail.engine.errors import InvalidInputError
+from longtail.engine.forks import Fork, ask_scheduler, check_fork
+from longtail.engine.group_state import GroupState
+from longtail.engine.rounds import MemberPlan, trajectory_at
+from longtail.engine.trajectory_parts import branches
+from longtail.scheduler.fork_order import ForkOrder
+
+
+class CarryForks:
+    """See the module. In the thread of the round's caller, one fork at a time."""
+
+    def __init__(self, driver: EngineDriver, round_: CarryRound) -> None:
+        self._driver = driver
+        self._round = round_
+
+    def ask(self, trajectory_id: str, at: int | None, n: int, seeds: Sequence[int] | None) -> Fork:
+        """Ask the scheduler; its group waits for `end` before it is complete, or runs.
+
+        Raises:
+            InvalidInputError: an argument is wrong, or the group is complete.
+
+        """
+        group, index = self._find(trajectory_id)
+        running = self._running(group, index)
+        member = group.members[index]
+        if running is None and member is None:
+            raise InvalidInputError("trajectory_id", "a trajectory that has begun", trajectory_id)
+        if running is None and member is not None and at is None and not member.ended_by_itself:
+            at = len(member.output_token_ids)
+        check_fork(at, n, seeds, max_tokens=group.budget(index), ended=member if running is None else None)
+        indices = range(len(group.members), len(group.members) + n)
+        wave = next((plan.metadata.round for plan in self._round.running_members(group.serial)), None)
+        order = ForkOrder(
+            of=group.park_key(index),
+            keys=[group.park_key(one) for one in indices],
+            at=at,
+            num_prompt_tokens=len(group.prompt.token_ids),
+            round=wave,
+            group=None if wave is None else group.attempt,
+        )
+        fork = Fork(trajectory_id, at, indices, seeds, ask_scheduler(self._driver, order), wave)
+        self._round.hold(group.serial)
+        return fork
+
+    def take(self, fork: Fork) -> tuple[list[str], list[MemberPlan]] | None:
+        """Once it is answered: ids of the branches, and what to submit. `None` if the parent is on its way.
+
+        Raises:
+            InvalidInputError: the scheduler refused, or the group began again meanwhile.
+
+        """
+        group, index = self._find(fork.trajectory_id)
+        running = self._running(group, index)
+        try:
+            point = fork.answer.result()
+        except InvalidInputError as error:
+            # Its wave was cut, or it ended, in a step whose outputs were not taken.
+            if running is not None and fork.was_late(error):
+                return None
+            raise
+        if running is not None and not point.is_live:
+            return None
+        parent = group.members[index] if running is None else trajectory_at(running, point)
+        assert parent is not None
+        ids = {one: group.trajectory_id(one) for one in fork.indices}
+        members = branches(parent, point.at, ids, fork.seeds_after(group.seed_of(index)))
+        return list(ids.values()), self._round.branch(group, members, fork.wave, point.index)
+
+    def end(self, fork: Fork) -> None:
+        """It was taken, or is given up."""
+        serial = _serial_of(fork.trajectory_id)
+        assert serial is not None
+        self._round.release(serial)
+
+    def _find(self, trajectory_id: str) -> tuple[GroupState, int]:
+        serial = _serial_of(trajectory_id)
+        index = trajectory_id.rpartition("/")[2]
+        if serial is not None and index.isdecimal() and self._round.may_branch(serial):
+            group, place = self._round.store.carried[serial], int(index)
+            if place < len(group.members) and group.trajectory_id(place) == trajectory_id:
+                return group, place
+        raise InvalidInputError("trajectory_id", "a trajectory of a group that is not complete", trajectory_id)
+
+    def _running(self, group: GroupState, index: int) -> MemberPlan | None:
+        return next((plan for plan in self._round.running_members(group.serial) if plan.index == index), None)
+
+
+def _serial_of(trajectory_id: str) -> int | None:
+    """Of the group, in `<round>/<serial>.<restarts>/<index>`."""
+    parts = trajectory_id.rsplit("/", 2)
+    serial = parts[1].partition(".")[0] if len(parts) == 3 else ""
+    return int(serial) if serial.isdecimal() else None

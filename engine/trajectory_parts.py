@@ -1,0 +1,88 @@
+"""Trajectories put together from what was sampled in several requests, and cut where a branch leaves them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import msgspec
+
+from longtail.engine.config import MAX_SEED
+from longtail.engine.trajectory import Branch, KvSpan, Segment, Timings, TokenCounts, Trajectory, VersionSpan
+from longtail.scheduler.metadata import CUT_STOP_REASON
+
+
+def joined(prior: Trajectory, last: Trajectory) -> Trajectory:
+    """`prior` with the segments of `last`, which went on from its tokens.
+
+    The end is that of `last`, and so are its times; token counts add up.
+    """
+    offset = len(prior.output_token_ids)
+    versions = list(prior.weight_versions)
+    for span in last.weight_versions:
+        moved = VersionSpan(span.version, span.start + offset, span.end + offset)
+        if versions and versions[-1].version == moved.version:
+            moved = VersionSpan(moved.version, versions.pop().start, moved.end)
+        versions.append(moved)
+    segments = [Segment(start=s.start + offset, end=s.end + offset, kv_versions=s.kv_versions) for s in last.segments]
+    counts = {name: getattr(prior.tokens, name) + getattr(last.tokens, name) for name in TokenCounts.__struct_fields__}
+    return msgspec.structs.replace(
+        last,
+        output_token_ids=prior.output_token_ids + last.output_token_ids,
+        logprobs=prior.logprobs + last.logprobs,
+        source_mask=prior.source_mask + last.source_mask,
+        loss_mask=prior.loss_mask + last.loss_mask,
+        weight_versions=versions,
+        segments=[*prior.segments, *segments],
+        branch=prior.branch,
+        tokens=TokenCounts(**counts),
+    )
+
+
+def branches(parent: Trajectory, at: int, ids: dict[int, str], seeds: Sequence[int | None]) -> list[Trajectory]:
+    """Branches that leave `parent` after `at` output tokens, by index and id; each is like one that was cut there."""
+    prefix = msgspec.structs.replace(
+        parent,
+        output_token_ids=parent.output_token_ids[:at],
+        logprobs=parent.logprobs[:at],
+        source_mask=parent.source_mask[:at],
+        loss_mask=parent.loss_mask[:at],
+        weight_versions=[
+            VersionSpan(s.version, s.start, min(s.end, at)) for s in parent.weight_versions if s.start < at
+        ],
+        segments=[msgspec.structs.replace(s, end=min(s.end, at)) for s in parent.segments if s.start < at],
+        finish_reason="abort",
+        stop_reason=CUT_STOP_REASON,
+        text=None,
+        reward=None,
+        timings=Timings(submitted_s=0.0),
+        tokens=TokenCounts(),
+        branch=Branch(of=parent.index, at=at),
+    )
+    return [
+        msgspec.structs.replace(prefix, trajectory_id=trajectory_id, index=index, seed=seed)
+        for (index, trajectory_id), seed in zip(ids.items(), seeds, strict=True)
+    ]
+
+
+def branch_seed(seed: int | None, index: int) -> int | None:
+    """The seed of the branch with this index, of a trajectory with that seed; `None` if that has none."""
+    if seed is None:
+        return None
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % (MAX_SEED + 1)
+
+
+def segments_of(
+    starts_and_spans: Sequence[tuple[int, Sequence[tuple[str, int, int]]]], first: int, num_tokens: int
+) -> list[Segment]:
+    """Segments as the scheduler reports them, of the `num_tokens` tokens from `first` on, counted from there."""
+    if not num_tokens:
+        return []
+    starts = [start - first for start, _ in starts_and_spans]
+    ends = [*starts[1:], num_tokens]
+    return [
+        Segment(start=start, end=end, kv_versions=[KvSpan(*span) for span in spans])
+        for start, end, (_, spans) in zip(starts, ends, starts_and_spans, strict=True)
+        if end > start
+    ]
