@@ -103,9 +103,8 @@ class SchedulerHarness:
         sampling = SamplingParams(
             max_tokens=max_tokens,
             ignore_eos=True,
-            logprobs=0,
             extra_args=None if rollout is None else {"rollout": rollout},
-            **params,
+            **{"logprobs": 0} | params,
         )
         request = Request(
             request_id=request_id,

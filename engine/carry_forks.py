@@ -29,56 +29,64 @@ class CarryForks:
 
         """
         group, index = self._find(trajectory_id)
-        running = self._running(group, index)
-        member = group.members[index]
-        if running is None and member is None:
-            raise InvalidInputError("trajectory_id", "a trajectory that has begun", trajectory_id)
-        if running is None and member is not None and at is None and not member.ended_by_itself:
-            at = len(member.output_token_ids)
-        check_fork(at, n, seeds, max_tokens=group.budget(index), ended=member if running is None else None)
+        order = self._order(group, index, at, n, seeds)
         indices = range(len(group.members), len(group.members) + n)
-        wave = next((plan.metadata.round for plan in self._round.running_members(group.serial)), None)
-        order = ForkOrder(
-            of=group.park_key(index),
-            keys=[group.park_key(one) for one in indices],
-            at=at,
-            num_prompt_tokens=len(group.prompt.token_ids),
-            round=wave,
-            group=None if wave is None else group.attempt,
-        )
-        fork = Fork(trajectory_id, at, indices, seeds, ask_scheduler(self._driver, order), wave)
+        fork = Fork(trajectory_id, indices, seeds, order, ask_scheduler(self._driver, order))
         self._round.hold(group.serial)
         return fork
 
     def take(self, fork: Fork) -> tuple[list[str], list[MemberPlan]] | None:
-        """Once it is answered: ids of the branches, and what to submit. `None` if the parent is on its way.
+        """Once it is answered: ids of the branches, and what to submit; `None` as `RoundRun.take_fork` has it.
 
         Raises:
             InvalidInputError: the scheduler refused, or the group began again meanwhile.
 
         """
         group, index = self._find(fork.trajectory_id)
-        running = self._running(group, index)
+        running, order = self._running(group, index), fork.order
         try:
             point = fork.answer.result()
         except InvalidInputError as error:
+            if not fork.was_late(error):
+                raise
             # Its wave was cut, or it ended, in a step whose outputs were not taken.
-            if running is not None and fork.was_late(error):
-                return None
-            raise
+            if running is None:
+                fork.order = self._order(group, index, order.at, len(fork.indices), fork.seeds)
+                fork.answer = ask_scheduler(self._driver, fork.order)
+            return None
         if running is not None and not point.is_live:
             return None
         parent = group.members[index] if running is None else trajectory_at(running, point)
         assert parent is not None
         ids = {one: group.trajectory_id(one) for one in fork.indices}
         members = branches(parent, point.at, ids, fork.seeds_after(group.seed_of(index)))
-        return list(ids.values()), self._round.branch(group, members, fork.wave, point.index)
+        fork.is_taken = True
+        return list(ids.values()), self._round.branch(group, parent, members, order.round, point.index)
 
     def end(self, fork: Fork) -> None:
         """It was taken, or is given up."""
         serial = _serial_of(fork.trajectory_id)
         assert serial is not None
         self._round.release(serial)
+        fork.give_up(self._driver)
+
+    def _order(self, group: GroupState, index: int, at: int | None, n: int, seeds: Sequence[int] | None) -> ForkOrder:
+        running, member = self._running(group, index), group.members[index]
+        ended = member if running is None else None
+        if running is None and member is None:
+            raise InvalidInputError("trajectory_id", "a trajectory that has begun", group.trajectory_id(index))
+        if ended is not None and at is None and not ended.ended_by_itself:
+            at = len(ended.output_token_ids)
+        check_fork(at, n, seeds, max_tokens=group.budget(index), ended=ended)
+        wave = next((plan.metadata.round for plan in self._round.running_members(group.serial)), None)
+        return ForkOrder(
+            of=group.park_key(index),
+            keys=[group.park_key(len(group.members) + place) for place in range(n)],
+            at=at,
+            num_prompt_tokens=len(group.prompt.token_ids),
+            round=wave,
+            group=None if wave is None else group.attempt,
+        )
 
     def _find(self, trajectory_id: str) -> tuple[GroupState, int]:
         serial = _serial_of(trajectory_id)

@@ -201,6 +201,11 @@ class CarryRound:
         """Members of a group that run."""
         return (plan for plan, mine in self._running.values() if mine == serial)
 
+    @property
+    def is_forking(self) -> bool:
+        """Branches are about to join some group."""
+        return bool(self._forking)
+
     def hold(self, serial: int) -> None:
         """Branches are about to join a group: it is not complete until `release`."""
         self._forking.add(serial)
@@ -211,11 +216,16 @@ class CarryRound:
         self._changed.add(serial)
 
     def branch(
-        self, group: GroupState, members: Sequence[Trajectory], wave_id: str | None, place: int
+        self, group: GroupState, parent: Trajectory, members: Sequence[Trajectory], wave_id: str | None, place: int
     ) -> list[MemberPlan]:
-        """Branches join a group; returns what to submit, from `place` on in the scheduler's, if it runs in a wave."""
+        """Branches of `parent` join a group, in the scheduler's from `place` on if it runs in a wave.
+
+        Returns:
+            What to submit then.
+
+        """
         first = len(group.members)
-        self.store.branch(group.serial, members)
+        self.store.branch(group.serial, parent, members)
         if wave_id is None:
             return []
         policy, total = self._policy(wave_id), place + len(members)

@@ -141,7 +141,7 @@ class CarryRun:
         if self._recovered is not None:
             return True
         self._note_version()
-        if self._round.num_running:
+        if self._round.num_running or self._round.is_forking:
             return False
         if self._round.is_full:
             return True
@@ -162,6 +162,8 @@ class CarryRun:
                 self._take_answer(item)
             case VersionChanged():
                 self._note_version()
+            case None:
+                pass
             case Prepared():
                 with self._discarding_unfit():
                     for prompts in self._fresh.take(item, self._book.store.totals.cursor):
@@ -265,6 +267,7 @@ class CarryRun:
         self._forks.end(fork)
         self._judge(self._round.complete())
         self._advance()
+        self._deliver(None)
 
     # ---- parts -------------------------------------------------------------------------------------------------
 

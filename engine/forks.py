@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from longtail.engine.config import MAX_SEED
 from longtail.engine.driver import EngineDriver
-from longtail.engine.errors import InvalidInputError
+from longtail.engine.errors import EngineDeadError, InvalidInputError
 from longtail.engine.rounds import check_count
 from longtail.engine.trajectory import Trajectory
 from longtail.engine.trajectory_parts import branch_seed
 from longtail.scheduler.fork_order import ForkOrder, ForkPoint
 from longtail.scheduler.metadata import MAX_GROUP_SIZE
 
+if TYPE_CHECKING:
+    from longtail.engine.core_link import CoreLink
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Fork:
     """A fork that was asked for.
 
     Attributes:
         trajectory_id: of the parent.
-        at: where; `None` is now.
         indices: of the branches.
         seeds: of the branches, `None` for what follows from the parent's.
-        answer: of the scheduler.
-        wave: the scheduler's round that the branches will run in; `None` if they do not run yet.
+        order: what the scheduler was told.
+        answer: its answer.
+        is_taken: the branches are members of their group.
 
     """
 
     trajectory_id: str
-    at: int | None
     indices: range
     seeds: Sequence[int] | None
+    order: ForkOrder
     answer: Future[ForkPoint]
-    wave: str | None = None
+    is_taken: bool = False
 
     def seeds_after(self, parent: int | None) -> list[int | None]:
         """A seed for each branch."""
@@ -43,7 +50,20 @@ class Fork:
 
     def was_late(self, error: InvalidInputError) -> bool:
         """Whether the scheduler refused because it had stopped the parent already."""
-        return error.field in ("round", "group") or (error.field == "at" and self.at is None)
+        return error.field in ("round", "group") or (error.field == "at" and self.order.at is None)
+
+    def give_up(self, driver: EngineDriver) -> None:
+        """Tell the scheduler, unless the fork was taken."""
+        if self.is_taken:
+            return
+
+        def forget(link: CoreLink) -> None:
+            if not self.answer.cancelled() and self.answer.exception() is None:
+                where = {"round": self.order.round, "group": self.order.group, "index": self.answer.result().index}
+                link.rpc("give_up_fork", keys=self.order.keys, **where)
+
+        with contextlib.suppress(EngineDeadError):
+            driver.call_later(forget)
 
 
 def check_fork(at: object, n: object, seeds: object, *, max_tokens: int, ended: Trajectory | None) -> None:
@@ -83,7 +103,5 @@ def ask_scheduler(driver: EngineDriver, order: ForkOrder) -> Future[ForkPoint]:
 
     The future raises `InvalidInputError` for what the scheduler refuses.
     """
-    import msgspec
-
     args = msgspec.to_builtins(order)
     return driver.call_later(lambda link: msgspec.convert(link.rpc("fork", **args), ForkPoint))

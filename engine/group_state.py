@@ -140,8 +140,11 @@ class GroupState(msgspec.Struct, kw_only=True):
             num_tokens_left=sum(self.budget(index) - self.num_tokens(index) for index in unfinished),
         )
 
-    def add_branches(self, members: Sequence[Trajectory]) -> None:
-        """Members join that have left others."""
+    def add_branches(self, parent: Trajectory, members: Sequence[Trajectory]) -> None:
+        """Members join that have left `parent`, of which this may be less than is known, or more."""
+        if len(parent.output_token_ids) > self.num_tokens(parent.index):
+            self.members[parent.index] = parent
+            self.num_computed[parent.index] = len(self.prompt.token_ids) + len(parent.output_token_ids) - 1
         for member in members:
             assert member.branch is not None
             # There is, or was, KV for all but the last token.

@@ -47,6 +47,7 @@ class _MemberEnded(_Record, frozen=True):
 
 class _Branched(_Record, frozen=True):
     serial: int
+    parent: Trajectory
     members: list[Trajectory]
 
 
@@ -179,9 +180,12 @@ class GroupStore:
         """A member of a carried group ended, or was cut."""
         self._commit(_MemberEnded(serial, index, member, num_computed))
 
-    def branch(self, serial: int, members: Sequence[Trajectory]) -> None:
-        """Branches join a carried group; on the disk when it returns."""
-        self._commit(_Branched(serial, list(members)), durable=True)
+    def branch(self, serial: int, parent: Trajectory, members: Sequence[Trajectory]) -> None:
+        """Branches join a carried group; on the disk when it returns.
+
+        With what `parent` had then, if it runs: should its tokens be lost, those of its branches are still its own.
+        """
+        self._commit(_Branched(serial, parent, list(members)), durable=True)
 
     def restart(self, serial: int) -> None:
         """A carried or banked group begins again from its prompt."""
@@ -257,8 +261,8 @@ class GroupStore:
                 group = self.carried[serial]
                 group.members[index] = member
                 group.num_computed[index] = num_computed
-            case _Branched(serial, members):
-                self.carried[serial].add_branches(members)
+            case _Branched(serial, parent, members):
+                self.carried[serial].add_branches(parent, members)
             case _Restarted(serial):
                 group = self._remove(serial)
                 group.restart(self.totals.num_rounds)

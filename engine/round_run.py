@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from longtail.engine.config import SamplingConfig
-from longtail.engine.driver import EngineDriver, Sink
+from longtail.engine.driver import EngineDriver
 from longtail.engine.errors import EngineDeadError, InvalidInputError
 from longtail.engine.forks import Fork, ask_scheduler, check_fork
 from longtail.engine.resumed_text import with_whole_text
@@ -86,7 +86,7 @@ class RoundRun:
     def received(self) -> None:
         """The caller has the round."""
 
-    def submit(self, deliver: Sink) -> None:
+    def submit(self, deliver: Callable[[Any], object]) -> None:
         """Hand every member to the engine."""
         self._deliver = deliver
         self._submit(self.plan.members())
@@ -95,10 +95,12 @@ class RoundRun:
         requests = [(member.request_id, member.token_ids, sampling_params(member)) for member in members]
         self._driver.submit(requests, self._deliver)
 
-    def take(self, item: RequestOutput | Exception) -> list[Trajectory]:
+    def take(self, item: RequestOutput | Exception | None) -> list[Trajectory]:
         """Turn what `deliver` got into a trajectory, or raise it."""
         if isinstance(item, Exception):
             raise item
+        if item is None:
+            return []
         member = self._collector.pending(item.request_id)
         segment = segment_of(member, item)
         if member.prior is not None:
@@ -127,10 +129,12 @@ class RoundRun:
             group=member.metadata.group,
         )
         self._collector.num_forking += 1
-        return Fork(trajectory_id, at, indices, seeds, ask_scheduler(self._driver, order))
+        return Fork(trajectory_id, indices, seeds, order, ask_scheduler(self._driver, order))
 
     def take_fork(self, fork: Fork) -> list[str] | None:
-        """Once it is answered: submit the branches and return their ids; `None` if the parent's end is on its way.
+        """Once it is answered: submit the branches and return their ids.
+
+        `None` if that can't be yet. Take the next item, unless the scheduler was asked again, and try again.
 
         Raises:
             InvalidInputError: the scheduler refused.
@@ -142,14 +146,16 @@ class RoundRun:
             return None
         parent = trajectory_at(member, point) if ended is None else ended
         ids = {index: _sibling_id(fork.trajectory_id, index) for index in fork.indices}
-        assert point.index == fork.indices.start
         new = branches(parent, point.at, ids, fork.seeds_after(member.seed))
         self._submit(self._collector.expect(new, member, point))
+        fork.is_taken = True
         return list(ids.values())
 
     def end_fork(self, fork: Fork) -> None:
-        """It was taken, or is given up."""
+        """It was taken, or is given up; the round may have waited for nothing else."""
         self._collector.num_forking -= 1
+        fork.give_up(self._driver)
+        self._deliver(None)
 
     def progress(self) -> Future[dict[str, Any]]:
         """Ask the scheduler for the round's numbers."""

@@ -10,7 +10,7 @@ import contextlib
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
@@ -104,11 +104,7 @@ class RoundStream:
             EngineDeadError, EngineTimeoutError: as for the round.
 
         """
-        while True:
-            ids, taken = _fork(self._driver, self._run, self._items, trajectory_id, at, n, seeds)
-            self._ended.extend(taken)
-            if ids is not None:
-                return ids
+        return _fork(self, self._ended, trajectory_id, at, n, seeds)
 
     def close(self) -> None:
         """Cancel what is still running. Safe to call at any time."""
@@ -175,10 +171,7 @@ class GroupStream:
         self, trajectory_id: str, *, at: int | None = None, n: int = 1, seeds: Sequence[int] | None = None
     ) -> list[str]:
         """See `RoundStream.fork`."""
-        while True:
-            ids, _ = _fork(self._driver, self._run, self._items, trajectory_id, at, n, seeds)
-            if ids is not None:
-                return ids
+        return _fork(self, [], trajectory_id, at, n, seeds)
 
     def stop(self) -> None:
         """Cut what runs and keep it; whoever iterates gets what is complete, then the end. In any thread."""
@@ -240,12 +233,7 @@ class AsyncRoundStream:
         self, trajectory_id: str, *, at: int | None = None, n: int = 1, seeds: Sequence[int] | None = None
     ) -> list[str]:
         """See `RoundStream.fork`."""
-        async with self._forking:
-            while True:
-                ids, taken = await _fork_async(self._driver, self._run, self._items, trajectory_id, at, n, seeds)
-                self._ended.extend(taken)
-                if ids is not None:
-                    return ids
+        return await _fork_async(self, self._ended, trajectory_id, at, n, seeds)
 
     async def __anext__(self) -> Trajectory:
         try:
@@ -290,11 +278,7 @@ class AsyncGroupStream:
         self, trajectory_id: str, *, at: int | None = None, n: int = 1, seeds: Sequence[int] | None = None
     ) -> list[str]:
         """See `RoundStream.fork`."""
-        async with self._forking:
-            while True:
-                ids, _ = await _fork_async(self._driver, self._run, self._items, trajectory_id, at, n, seeds)
-                if ids is not None:
-                    return ids
+        return await _fork_async(self, [], trajectory_id, at, n, seeds)
 
     async def __anext__(self) -> Group:
         if self._run.has_ended:
@@ -382,38 +366,49 @@ class _AsyncItems:
                 self._driver.check_stall()
 
 
-#: Ids of the branches, and trajectories that had just ended. Without ids the parent was stopped meanwhile: try again.
-_Forked = tuple[list[str] | None, list[Trajectory]]
-
-
-def _fork(driver: EngineDriver, run: RoundRun | CarryRun, items: _Items, trajectory_id: str, *args: Any) -> _Forked:
+def _fork(
+    stream: RoundStream | GroupStream, ended: MutableSequence[Trajectory], trajectory_id: str, *args: Any
+) -> list[str]:
+    """Fork a trajectory; what ends meanwhile is added to `ended`."""
+    run = stream._run
     fork = run.ask_fork(trajectory_id, *args)
     try:
-        with contextlib.suppress(InvalidInputError):  # `take_fork` knows what it means
-            driver.wait(fork.answer, "the scheduler to fork")
-        ids = run.take_fork(fork)
+        while True:
+            with contextlib.suppress(InvalidInputError):  # `take_fork` knows what it means
+                stream._driver.wait(fork.answer, "the scheduler to fork")
+            if (ids := run.take_fork(fork)) is not None:
+                return ids
+            if fork.answer.done():
+                ended.extend(_taken(run, stream._items.get()))
     finally:
         run.end_fork(fork)
-    if ids is not None:
-        return ids, []
-    if (item := items.get()) is not _STOP:
-        return None, run.take(item)
-    assert isinstance(run, CarryRun)
-    run.stop()
-    return None, []
 
 
 async def _fork_async(
-    driver: EngineDriver, run: RoundRun | CarryRun, items: _AsyncItems, trajectory_id: str, *args: Any
-) -> _Forked:
-    fork = run.ask_fork(trajectory_id, *args)
-    try:
-        with contextlib.suppress(InvalidInputError):
-            await asyncio.wait_for(asyncio.wrap_future(fork.answer), driver.config.stall_timeout_s)
-        ids = run.take_fork(fork)
-    finally:
-        run.end_fork(fork)
-    return ids, [] if ids is not None else run.take(await items.get())
+    stream: AsyncRoundStream | AsyncGroupStream, ended: MutableSequence[Trajectory], trajectory_id: str, *args: Any
+) -> list[str]:
+    run = stream._run
+    limit = stream._driver.config.stall_timeout_s
+    async with stream._forking:
+        fork = run.ask_fork(trajectory_id, *args)
+        try:
+            while True:
+                with contextlib.suppress(InvalidInputError):
+                    await asyncio.wait_for(asyncio.wrap_future(fork.answer), limit)
+                if (ids := run.take_fork(fork)) is not None:
+                    return ids
+                if fork.answer.done():
+                    ended.extend(_taken(run, await stream._items.get()))
+        finally:
+            run.end_fork(fork)
+
+
+def _taken(run: RoundRun | CarryRun, item: Any) -> list[Trajectory]:
+    if item is not _STOP:
+        return run.take(item)
+    assert isinstance(run, CarryRun)
+    run.stop()
+    return []
 
 
 def _next_ready(stream: GroupStream | AsyncGroupStream) -> Group | None:

@@ -59,6 +59,28 @@ class ForkPoint(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_tokens: int = 0
 
 
+class GivenUp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Branches that were answered and will not be submitted; `index` is that of the `ForkPoint`."""
+
+    keys: list[str]
+    round: str | None = None
+    group: str | None = None
+    index: int = 0
+
+
+def parse_given_up(args: Mapping[str, Any]) -> GivenUp:
+    """Check the arguments of `rollout_rpc("give_up_fork")`.
+
+    Raises:
+        InvalidInputError: names the field.
+
+    """
+    try:
+        return msgspec.convert(dict(args), GivenUp)
+    except msgspec.ValidationError as error:
+        raise InvalidInputError("give_up_fork", str(error), args) from error
+
+
 def parse_order(args: Mapping[str, Any]) -> ForkOrder:
     """Check the arguments of `rollout_rpc("fork")`.
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from longtail.scheduler.errors import InvalidInputError
-from longtail.scheduler.fork_order import ForkOrder, ForkPoint, parse_order
+from longtail.scheduler.fork_order import ForkOrder, ForkPoint, parse_given_up, parse_order
 from longtail.scheduler.kv_policy import KvVersions
 
 if TYPE_CHECKING:
@@ -113,6 +113,19 @@ class Forking:
             return ForkPoint(is_live=False, at=at, index=index, num_kv_tokens=num_kv)
         num_kv = max(self._kv.share(key, member, num_tokens) for key in order.keys)
         return _point(member, at, index, num_kv)
+
+    def give_up(self, args: Mapping[str, Any]) -> None:
+        """Answer `rollout_rpc("give_up_fork")`.
+
+        Raises:
+            InvalidInputError: names the field.
+
+        """
+        given_up = parse_given_up(args)
+        keys = list(given_up.keys)
+        if given_up.round is not None and given_up.group is not None:
+            keys += self._book.release(given_up.round, given_up.group, given_up.index, len(given_up.keys))
+        self._kv.forget(keys)
 
 
 def _checked_position(order: ForkOrder, member: Member) -> int:

@@ -81,6 +81,6 @@ class KvVersions:
 
     def spans(self, end: int) -> list[tuple[str, int, int]]:
         """Half-open `(version, start, end)` spans that cover `[0, end)`."""
-        starts = [start for start, _ in self.runs if start < end]
-        ends = [*starts[1:], end]
-        return [(str(version), start, stop) for (start, version), stop in zip(self.runs, ends, strict=False)]
+        runs = self.upto(end).runs
+        ends = [*(start for start, _ in runs[1:]), end]
+        return [(str(version), start, stop) for (start, version), stop in zip(runs, ends, strict=False)]

@@ -56,7 +56,7 @@ class RolloutMixin(_Base):
     """Rounds for any V1 scheduler; put it before the scheduler class in the bases."""
 
     #: Operations of `rollout_rpc`.
-    RPC_OPS = ("round", "close_round", "forget_round", "fork", "counters", "weights", "unpark")
+    RPC_OPS = ("round", "close_round", "forget_round", "fork", "give_up_fork", "counters", "weights", "unpark")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -272,7 +272,7 @@ class RolloutMixin(_Base):
         the engine run and wait. `counters` takes nothing. `weights` says that the model has new weights: `version`
         (int), `kv_policy` of requests that are no members, `share_prefix` (new requests may hit blocks of older
         weights). `unpark` gives up the parked KV of `keys`. Both answer the counters. `fork` takes the fields of
-        `ForkOrder` and answers those of `ForkPoint`.
+        `ForkOrder` and answers those of `ForkPoint`; `give_up_fork` takes those of `GivenUp`.
         What the caller did wrong comes back as `{"invalid": [field, expected, got]}`: an exception would reach
         the caller without its type.
         """
@@ -286,7 +286,9 @@ class RolloutMixin(_Base):
             elif op == "fork":
                 point: dict[str, Any] = msgspec.to_builtins(self._forking.fork(args))
                 return point
-            if op in ("counters", "weights", "unpark"):
+            elif op == "give_up_fork":
+                self._forking.give_up(args)
+            if op in ("counters", "weights", "unpark", "give_up_fork"):
                 return self._counters()
             round_id = args.get("round")
             if not isinstance(round_id, str):

@@ -31,13 +31,14 @@ class Admission(Enum):
 
 @dataclass(slots=True)
 class _Group:
-    """`declared_size` is what its members say of it, `size` counts branches too.
+    """`declared_size` is what its members say of it, `size` counts branches too, from `next_place` on come new ones.
 
     `reserved` are places of branches that have not arrived, `kept` park keys of finished members that may be forked.
     """
 
     declared_size: int
     size: int
+    next_place: int
     live: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
     reserved: set[int] = field(default_factory=set)
@@ -152,7 +153,9 @@ class RoundBook:
             self.totals.rounds += 1
         group = entry.groups.get(metadata.group)
         if group is None:
-            group = entry.groups[metadata.group] = _Group(metadata.group_size, metadata.group_size)
+            group = entry.groups[metadata.group] = _Group(
+                metadata.group_size, size=metadata.group_size, next_place=metadata.group_size
+            )
         self._idle.pop(metadata.round, None)
         self._live[metadata.round] = entry
         group.live.add(metadata.index)
@@ -177,12 +180,27 @@ class RoundBook:
         group = entry.groups.get(group_id)
         if group is None or len(group.finished) == group.size:
             raise InvalidInputError("group", f"a group of round {round_id!r} that is not complete", group_id)
-        if group.size + count > MAX_GROUP_SIZE:
-            raise InvalidInputError("keys", f"at most {MAX_GROUP_SIZE - group.size} branches", count)
-        first = group.size
+        if group.next_place + count > MAX_GROUP_SIZE:
+            raise InvalidInputError("keys", f"at most {MAX_GROUP_SIZE - group.next_place} branches", count)
+        first = group.next_place
         group.size += count
-        group.reserved.update(range(first, group.size))
+        group.next_place += count
+        group.reserved.update(range(first, group.next_place))
         return first
+
+    def release(self, round_id: str, group_id: str, first: int, count: int) -> list[str]:
+        """Give up what `reserve` reserved, as far as nobody has arrived there; returns what `finish` returns.
+
+        Nothing of a round or group that is not known.
+        """
+        entry = self._find(round_id)
+        group = None if entry is None else entry.groups.get(group_id)
+        if entry is None or group is None or entry.closed:
+            return []
+        given_up = group.reserved & set(range(first, first + count))
+        group.reserved -= given_up
+        group.size -= len(given_up)
+        return self._complete(round_id, entry, group) if given_up else []
 
     def finish(self, request_id: str, num_output_tokens: int) -> list[str]:
         """A live member finished by itself.
@@ -197,16 +215,21 @@ class RoundBook:
         group.num_output_tokens += num_output_tokens
         if metadata.can_fork and metadata.park is not None:
             group.kept.append(metadata.park)
-        done: list[str] = []
-        if len(group.finished) == group.size:
-            done, group.kept = group.kept, done
-            entry.num_complete_groups += 1
-            entry.num_kept_tokens += group.num_output_tokens
-            self.totals.complete_groups += 1
-            self.totals.kept_tokens += group.num_output_tokens
-            if entry.num_complete_groups == entry.target_groups:
-                self._ready.append((round_id, entry))
+        done = self._complete(round_id, entry, group)
         self._settle(round_id, entry)
+        return done
+
+    def _complete(self, round_id: str, entry: _Round, group: _Group) -> list[str]:
+        """Count a group if it is complete."""
+        if len(group.finished) < group.size:
+            return []
+        entry.num_complete_groups += 1
+        entry.num_kept_tokens += group.num_output_tokens
+        self.totals.complete_groups += 1
+        self.totals.kept_tokens += group.num_output_tokens
+        if entry.num_complete_groups == entry.target_groups:
+            self._ready.append((round_id, entry))
+        done, group.kept = group.kept, []
         return done
 
     def leave(self, request_id: str) -> None:

@@ -47,7 +47,7 @@ from longtail.scheduler.staleness import StalenessBound
 #: By block size: slots and tokens of a step.
 STEP_LIMITS = {4: (6, 32), 8: (12, 64)}
 #: What is not over after so many steps is stuck.
-MAX_STEPS = 2000
+MAX_STEPS = 8000
 #: How long the engine and the caller go on after something happened.
 TURNS = st.sampled_from((0, 0, 1, 3, 10, 30))
 CONFIGS = st.builds(
@@ -74,6 +74,12 @@ MUST_HAPPEN = (
     "later waves",
     "filtered, hook",
     "filtered, stale",
+    "forks, running",
+    "forks, parked",
+    "forks, without KV",
+    "forks too late",
+    "branches accepted",
+    "branches of branches",
 )
 
 
@@ -196,6 +202,25 @@ class CarryMachine(RuleBasedStateMachine):
         self.book.store._journal.close()
         self._start_process(self.driver.weight_version)
         assert self.book.store.totals.cursor == cursor, "prompts are skipped, or used twice"
+
+    @precondition(lambda self: self.caller.run is not None)
+    @rule(times=st.integers(1, 3), num_turns=st.sampled_from((0, 0, 0, 1, 5)), patience=st.booleans(), turns=TURNS)
+    def fork(self, times: int, num_turns: int, patience: bool, turns: int) -> None:
+        """Some trajectory gets branches; the caller may go on while the scheduler is asked."""
+        for _ in range(times):
+            run, fork = self.caller.run, self.caller.ask_fork(self.rng)
+            if run is None or fork is None:
+                continue
+            self._go_on(num_turns)
+            for _ in range(MAX_STEPS if patience else 1):
+                self._run_commands()
+                if self.caller.run is not run or self.caller.take_fork(fork):
+                    break
+                self._go_on(1)
+            else:
+                assert not patience, "a fork waits for nothing"
+            run.end_fork(fork)
+        self._go_on(turns)
 
     def _may_happen(self) -> bool:
         """Not much happens between two rounds."""

@@ -23,6 +23,7 @@ from longtail.engine.carry_config import CarryConfig
 from longtail.engine.carry_run import CarryRun
 from longtail.engine.config import SamplingConfig
 from longtail.engine.errors import InvalidInputError
+from longtail.engine.forks import Fork
 from longtail.engine.hook_points import Verdict
 from longtail.engine.prompts import Prompt
 from longtail.engine.trajectory import Group, Round, Trajectory
@@ -31,6 +32,7 @@ from longtail.engine.trajectory import Group, Round, Trajectory
 COMMON = random.Random(0).choices(range(3, VOCAB_SIZE), k=32)
 SAMPLING = SamplingConfig(max_tokens=4, ignore_eos=True)
 STREAM = "a stream"
+_MAX_MEMBERS = 12
 
 
 class Prompts(Sequence[Prompt]):
@@ -132,6 +134,8 @@ class Caller:
         self.filtered: dict[int, str] = {}
         self.seen: Counter[str] = Counter()
         self.num_rounds = 0
+        #: Index of the member that a branch comes from in the end, by the branch's id.
+        self._roots: dict[str, int] = {}
 
     def attend(self, driver: StepDriver, book: CarryBook) -> None:
         """This process has this engine and these groups; what there was of an earlier one is gone."""
@@ -172,7 +176,7 @@ class Caller:
         self.is_stream = target is None
         run = CarryRun(
             self.driver, self.book, self._source, group_size=group_size, target_groups=target, over_provision=ratio,
-            sampling=SAMPLING, round_id=f"r{self.num_rounds}", num_groups=num_groups,
+            sampling=SAMPLING, round_id=f"r{self.num_rounds}", num_groups=num_groups, can_fork=self.config.park,
         )  # fmt: skip
         try:
             run.submit(self._items.append)
@@ -218,6 +222,42 @@ class Caller:
                 run.end()
         run.cancel()
         self._forget_run()
+
+    def ask_fork(self, rng: random.Random) -> Fork | None:
+        """Ask for branches of some trajectory, at some position, if that is possible now."""
+        groups = list(self.book.store.carried.values())
+        if self.run is None or self._finishing is not None or self._round is not None or not groups:
+            return None
+        group = rng.choice(groups)
+        index = rng.randrange(len(group.members))
+        at = rng.choice((None, None, rng.randint(0, 1 + group.num_tokens(index)), rng.randint(0, 12)))
+        n = rng.choice((1, 1, 2, 4))
+        if len(group.members) + n > _MAX_MEMBERS:
+            return None
+        try:
+            return self.run.ask_fork(group.trajectory_id(index), at, n, None)
+        except InvalidInputError as error:
+            self.seen[f"forks refused, {error.field}"] += 1
+            return None
+
+    def take_fork(self, fork: Fork) -> bool:
+        """What the scheduler said to it; false if that can't be taken yet."""
+        assert self.run is not None
+        try:
+            ids = self.run.take_fork(fork)
+        except InvalidInputError as error:
+            self.seen[f"forks refused, {error.field}"] += 1
+            return True
+        if ids is None:
+            self.seen["forks too late"] += 1
+            return False
+        point = fork.answer.result()
+        root = self._roots.get(fork.trajectory_id, int(fork.trajectory_id.rpartition("/")[2]))
+        self._roots |= dict.fromkeys(ids, root)
+        kind = "running" if point.is_live else "parked" if point.num_kv_tokens else "without KV"
+        self.seen[f"forks, {kind}"] += 1
+        self.seen["branches"] += len(ids)
+        return True
 
     def see_round(self) -> None:
         """Take note of a round that was just finished, if one was."""
@@ -313,7 +353,18 @@ class Caller:
         assert isinstance(prompt.max_tokens, list)
         assert group.complete
         assert group.rejected is None
-        assert [t.index for t in group.trajectories] == list(range(len(prompt.max_tokens)))
+        assert [t.index for t in group.trajectories] == list(range(len(group.trajectories)))
+        assert len(group.trajectories) >= len(prompt.max_tokens)
+        for trajectory in group.trajectories[len(prompt.max_tokens) :]:
+            branch = trajectory.branch
+            assert branch is not None
+            parent = group.trajectories[branch.of]
+            for name in ("output_token_ids", "logprobs", "source_mask"):
+                assert getattr(trajectory, name)[: branch.at] == getattr(parent, name)[: branch.at]
+            assert token_versions(trajectory)[: branch.at] == token_versions(parent)[: branch.at]
+            assert trajectory.trajectory_id.rpartition("/")[0] == parent.trajectory_id.rpartition("/")[0]
+            self.seen["branches accepted"] += 1
+            self.seen["branches of branches"] += parent.branch is not None
         bound = self.config.max_staleness
         for trajectory in group.trajectories:
             self._check_trajectory(trajectory)
@@ -333,7 +384,9 @@ class Caller:
         assert trajectory.prompt_token_ids == (prompt if self.book.hooks is None else prepared(prompt)).token_ids
         assert trajectory.finish_reason == "length"
         has_room_for = self.prompts.capacity - len(trajectory.prompt_token_ids)
-        assert len(tokens) == min(prompt.max_tokens[trajectory.index], has_room_for)
+        assert len(tokens) == min(
+            prompt.max_tokens[self._roots.get(trajectory.trajectory_id, trajectory.index)], has_room_for
+        )
         assert trajectory.source_mask == [1] * len(tokens)
         assert trajectory.logprobs == [-(token % 7) - 0.5 for token in tokens]
         assert (trajectory.segments[0].start, trajectory.segments[-1].end) == (0, len(tokens))

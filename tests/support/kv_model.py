@@ -45,6 +45,7 @@ def expected_tokens(prompt: Sequence[int], num_tokens: int, version: int = 0) ->
 class _State:
     tokens: list[int]
     block_ids: list[int]
+    num_computed: int = 0
 
 
 @dataclass
@@ -90,13 +91,30 @@ class KvModel:
             if request_id in cached.all_token_ids:
                 state.tokens = list(cached.all_token_ids[request_id])
             starts[request_id] = cached.num_computed_tokens[row]
+        for request_id, start in starts.items():
+            self.states[request_id].num_computed = start
+        self._check_writes(scheduled.num_scheduled_tokens)
         rows = [self._run(rid, starts[rid], n) for rid, n in scheduled.num_scheduled_tokens.items()]
         self.num_scheduled += scheduled.total_num_scheduled_tokens
         return _output(list(scheduled.num_scheduled_tokens), rows)
 
+    def _check_writes(self, num_scheduled: dict[str, int]) -> None:
+        """Nobody writes to what another request reads in this step, unless it is the same prefix, new to both."""
+        readers: dict[int, list[_State]] = {}
+        for state in (self.states[request_id] for request_id in num_scheduled):
+            for block_id in state.block_ids[: -(-state.num_computed // self.block_size)]:
+                readers.setdefault(block_id, []).append(state)
+        for request_id, count in num_scheduled.items():
+            state = self.states[request_id]
+            for position in range(state.num_computed, state.num_computed + count):
+                for reader in readers.get(state.block_ids[position // self.block_size], ()):
+                    is_read = position < reader.num_computed
+                    same = state.tokens[: position + 1] == reader.tokens[: position + 1]
+                    assert same or not is_read, f"{request_id} writes to position {position} of another request"
+
     def _run(self, request_id: str, start: int, num_tokens: int) -> list[int]:
         state = self.states[request_id]
-        end = start + num_tokens
+        end = state.num_computed = start + num_tokens
         assert end <= len(state.tokens), "scheduled beyond what is known"
         for position in range(start, end):
             block, offset = divmod(position, self.block_size)

@@ -104,6 +104,12 @@ class StepDriver:
     # ---- what a command has of a driver and of its link --------------------------------------------------------
 
     def rpc(self, op: str, **args: Any) -> dict[str, Any]:
+        if op == "fork":
+            # A prefix that the parent shared is its branches' too.
+            live = self.kv.scheduler._forking._live.get(args["of"])
+            has_hit = live is not None and live.start is not None and not live.num_parked
+            cached = live.num_cached if has_hit else self._shared.get(args["of"], 0)
+            self._shared |= dict.fromkeys(args["keys"], cached)
         return checked_answer(self.kv.scheduler.rollout_rpc(op, args))
 
     def abandon(self, request_ids: Iterable[str]) -> None:
