@@ -12,6 +12,7 @@ from longtail.engine.group_state import GroupState
 from longtail.engine.rounds import MemberPlan, trajectory_at
 from longtail.engine.trajectory_parts import branches
 from longtail.scheduler.fork_order import ForkOrder
+from longtail.scheduler.metadata import RolloutMetadata
 
 
 class CarryForks:
@@ -21,15 +22,19 @@ class CarryForks:
         self._driver = driver
         self._round = round_
 
-    def ask(self, trajectory_id: str, at: int | None, n: int, seeds: Sequence[int] | None) -> Fork:
+    def ask(self, trajectory_id: str, at: int | None, n: int, seeds: Sequence[int] | None) -> Fork | None:
         """Ask the scheduler; its group waits for `end` before it is complete, or runs.
+
+        `None` while another fork of the group is not taken: take the next item, and try again.
 
         Raises:
             InvalidInputError: an argument is wrong, or the group is complete.
 
         """
         group, index = self._find(trajectory_id)
-        order = self._order(group, index, at, n, seeds)
+        if self._round.is_forking(group.serial):
+            return None
+        order = self._order(group, index, at, n, seeds, place=self._round.place_of(group.serial, index))
         indices = range(len(group.members), len(group.members) + n)
         fork = Fork(trajectory_id, indices, seeds, order, ask_scheduler(self._driver, order))
         self._round.hold(group.serial)
@@ -51,7 +56,7 @@ class CarryForks:
                 raise
             # Its wave was cut, or it ended, in a step whose outputs were not taken.
             if running is None:
-                fork.order = self._order(group, index, order.at, len(fork.indices), fork.seeds)
+                fork.order = self._order(group, index, order.at, len(fork.indices), fork.seeds, place=None)
                 fork.answer = ask_scheduler(self._driver, fork.order)
             return None
         if running is not None and not point.is_live:
@@ -61,7 +66,7 @@ class CarryForks:
         ids = {one: group.trajectory_id(one) for one in fork.indices}
         members = branches(parent, point.at, ids, fork.seeds_after(group.seed_of(index)))
         fork.is_taken = True
-        return list(ids.values()), self._round.branch(group, parent, members, order.round, point.index)
+        return list(ids.values()), self._round.branch(group, parent, members, order, point.index)
 
     def end(self, fork: Fork) -> None:
         """It was taken, or is given up."""
@@ -70,7 +75,16 @@ class CarryForks:
         self._round.release(serial)
         fork.give_up(self._driver)
 
-    def _order(self, group: GroupState, index: int, at: int | None, n: int, seeds: Sequence[int] | None) -> ForkOrder:
+    def _order(
+        self,
+        group: GroupState,
+        index: int,
+        at: int | None,
+        n: int,
+        seeds: Sequence[int] | None,
+        *,
+        place: RolloutMetadata | None,
+    ) -> ForkOrder:
         running, member = self._running(group, index), group.members[index]
         ended = member if running is None else None
         if running is None and member is None:
@@ -78,14 +92,13 @@ class CarryForks:
         if ended is not None and at is None and not ended.ended_by_itself:
             at = len(ended.output_token_ids)
         check_fork(at, n, seeds, max_tokens=group.budget(index), ended=ended)
-        wave = next((plan.metadata.round for plan in self._round.running_members(group.serial)), None)
         return ForkOrder(
             of=group.park_key(index),
             keys=[group.park_key(len(group.members) + place) for place in range(n)],
             at=at,
             num_prompt_tokens=len(group.prompt.token_ids),
-            round=wave,
-            group=None if wave is None else group.attempt,
+            round=None if place is None else place.round,
+            group=None if place is None else place.group,
         )
 
     def _find(self, trajectory_id: str) -> tuple[GroupState, int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import msgspec
@@ -24,9 +24,10 @@ from longtail.engine.group_state import GroupState, RunPolicy
 from longtail.engine.group_store import GroupStore
 from longtail.engine.rounds import MemberPlan
 from longtail.engine.trajectory import CarryStats, Group, Trajectory
-from longtail.engine.trajectory_parts import joined
+from longtail.engine.trajectory_parts import joined, paused_at
 from longtail.scheduler.admission import AdmissionPolicy
-from longtail.scheduler.metadata import MAX_TARGET_GROUPS
+from longtail.scheduler.fork_order import ForkOrder
+from longtail.scheduler.metadata import MAX_TARGET_GROUPS, RolloutMetadata
 from longtail.scheduler.staleness import GroupFate
 
 
@@ -59,11 +60,13 @@ class CarryRound:
         is_judged: hooks decide whether a complete group is accepted, so that the scheduler must not count.
         max_model_len: of the engine, in tokens; a trajectory of this length ends as `length`.
         can_fork: members that run may be forked.
+        has_boundaries: members stop at their boundaries.
 
     Attributes:
         filtered: groups refused in this round; a stream without an end only counts them.
         unpark: keys of KV that nobody will take up again.
         abort: requests whose groups begin again or are gone. Who runs the round tells the engine, and empties both.
+        paused: members of groups in the wave that are at a boundary, by serial and index, as they were submitted.
 
     """
 
@@ -78,6 +81,7 @@ class CarryRound:
         is_judged: bool,
         max_model_len: int | None = None,
         can_fork: bool = False,
+        has_boundaries: bool = False,
     ) -> None:
         self.store = store
         self.round_id = round_id
@@ -86,17 +90,20 @@ class CarryRound:
         self.filtered: list[Group] = []
         self.unpark: list[str] = []
         self.abort: list[str] = []
+        self.paused: dict[tuple[int, int], MemberPlan] = {}
         self._config = config
         self._bound = config.bound
         self._admission = AdmissionPolicy(config.admission)
         self._is_judged = is_judged
         self._max_model_len = max_model_len
         self._can_fork = can_fork
+        self._has_boundaries = has_boundaries
         self._tally = _Tally(len(store.carried), len(store.banked))
         self.round_no = store.begin_round()
         #: Members in the engine, by request id.
         self._running: dict[str, tuple[MemberPlan, int]] = {}
         self._active: Counter[int] = Counter()
+        self._num_starts: Counter[tuple[str, int]] = Counter()
         #: Complete groups that the hooks have, or are to get.
         self._judging: set[int] = set()
         #: Groups that branches are about to join.
@@ -134,7 +141,11 @@ class CarryRound:
     @property
     def num_in_play(self) -> int:
         """Groups that run, are complete, or wait for a verdict."""
-        return self.num_ready + len(self._active) + len(self._judging)
+        return self.num_ready + len(self._active.keys() | self._paused_groups) + len(self._judging)
+
+    @property
+    def _paused_groups(self) -> set[int]:
+        return {serial for serial, _ in self.paused}
 
     def add_fresh(self, groups: Sequence[GroupState], cursor: int) -> None:
         """Take fresh groups in."""
@@ -144,10 +155,11 @@ class CarryRound:
 
     def waiting(self) -> list[GroupState]:
         """Carried groups that do not run, first to admit first."""
+        busy = self._judging | self._forking | self._paused_groups
         held = {
             serial: group
             for serial, group in self.store.carried.items()
-            if not self._active[serial] and serial not in self._judging | self._forking and not group.is_complete
+            if not (self._active[serial] or serial in busy or group.is_complete)
         }
         candidates = self._admission.order(group.candidate(self.round_no) for group in held.values())
         return [held[candidate.serial] for candidate in candidates]
@@ -163,22 +175,33 @@ class CarryRound:
     def start(self, groups: Sequence[GroupState]) -> list[MemberPlan]:
         """Let waiting groups run in the current wave; returns the members to submit.
 
-        A member that has no budget left ends as `length` here, without the engine.
+        A member that has no budget left ends as `length` here, without the engine. One that is at a boundary waits.
         """
         plans: list[MemberPlan] = []
         for group in groups:
             for index in group.unfinished:
                 if self._is_spent(group, index):
                     self._end_without_budget(group, index)
-            mine = group.plans(self._policy(self._wave_id))
+            waiting = group.paused
+            mine = group.plans(self._policy(self._wave_id), self._name(group, self._wave_id), group.unfinished)
+            self.paused |= {(group.serial, plan.index): plan for plan in mine if plan.index in waiting}
+            mine = [plan for plan in mine if plan.index not in waiting]
             self._tally.resumes += sum(plan.prior is not None and bool(plan.prior.output_token_ids) for plan in mine)
             self._enter(group.serial, mine)
             plans += mine
         return plans
 
+    def _name(self, group: GroupState, wave_id: str) -> str:
+        """What the scheduler calls a group that joins a wave: a part of it may be in it already."""
+        self._num_starts[wave_id, group.serial] += 1
+        number = self._num_starts[wave_id, group.serial]
+        return group.attempt if number == 1 else f"{group.attempt}~{number}"
+
     def _policy(self, wave_id: str) -> RunPolicy:
         config = self._config
-        return RunPolicy(wave_id, self._wave_target, config.kv_policy, config.park, self._can_fork)
+        return RunPolicy(
+            wave_id, self._wave_target, config.kv_policy, config.park, self._can_fork, self._has_boundaries
+        )
 
     def _enter(self, serial: int, plans: Sequence[MemberPlan]) -> None:
         for plan in plans:
@@ -201,10 +224,15 @@ class CarryRound:
         """Members of a group that run."""
         return (plan for plan, mine in self._running.values() if mine == serial)
 
-    @property
-    def is_forking(self) -> bool:
-        """Branches are about to join some group."""
-        return bool(self._forking)
+    def place_of(self, serial: int, index: int) -> RolloutMetadata | None:
+        """Where a group is in the scheduler: as this member was submitted, or any other of it that is in a wave."""
+        paused = (plan for (mine, _), plan in self.paused.items() if mine == serial)
+        plans = {plan.index: plan.metadata for plan in chain(paused, self.running_members(serial))}
+        return plans.get(index) or next(iter(plans.values()), None)
+
+    def is_forking(self, serial: int | None = None) -> bool:
+        """Branches are about to join a group, or any."""
+        return bool(self._forking) if serial is None else serial in self._forking
 
     def hold(self, serial: int) -> None:
         """Branches are about to join a group: it is not complete until `release`."""
@@ -216,20 +244,25 @@ class CarryRound:
         self._changed.add(serial)
 
     def branch(
-        self, group: GroupState, parent: Trajectory, members: Sequence[Trajectory], wave_id: str | None, place: int
+        self, group: GroupState, parent: Trajectory, members: Sequence[Trajectory], order: ForkOrder, first_place: int
     ) -> list[MemberPlan]:
-        """Branches of `parent` join a group, in the scheduler's from `place` on if it runs in a wave.
+        """Branches of `parent` join a group, in the scheduler's from `first_place` on if that has reserved places.
 
         Returns:
-            What to submit then.
+            What to submit, if the group is in a wave.
 
         """
-        first = len(group.members)
+        indices = range(len(group.members), len(group.members) + len(members))
         self.store.branch(group.serial, parent, members)
-        if wave_id is None:
+        if order.round is not None and order.group is not None:
+            policy, end = self._policy(order.round), first_place + len(members)
+            plans = [
+                group.plan(policy, index, order.group, first_place + place, end) for place, index in enumerate(indices)
+            ]
+        elif (at := self.place_of(group.serial, parent.index)) is not None:
+            plans = group.plans(self._policy(at.round), self._name(group, at.round), indices)
+        else:
             return []
-        policy, total = self._policy(wave_id), place + len(members)
-        plans = [group.plan(policy, first + i, place + i, total) for i in range(len(members))]
         self._enter(group.serial, plans)
         return plans
 
@@ -239,8 +272,8 @@ class CarryRound:
         """The running member of a request with its group's serial; `None` if it was given up meanwhile."""
         return self._running.get(request_id)
 
-    def end(self, request_id: str, segment: Trajectory, num_computed: int) -> Trajectory:
-        """A running member got its final output; returns the whole trajectory.
+    def end(self, request_id: str, segment: Trajectory, num_computed: int, boundary: str | int | None) -> Trajectory:
+        """A running member got its final output, perhaps at a `boundary`; returns the whole trajectory.
 
         Its group may be complete then: see `complete`.
         """
@@ -252,19 +285,43 @@ class CarryRound:
         self._tally.scheduled_tokens += segment.tokens.scheduled
         self._tally.preemptions += segment.tokens.preemptions
         self._tally.output_tokens += len(segment.output_token_ids)
-        if not whole.ended_by_itself and not whole.was_cut:
-            self._filter(self.store.carried[serial], f"{whole.finish_reason}: {whole.stop_reason}")
-            self._give_up({serial})
+        if whole.is_paused:
+            whole = paused_at(whole, boundary)
+            self.paused[serial, plan.index] = plan
+        elif not whole.ended_by_itself and not whole.was_cut:
+            self.refuse(self.store.carried[serial], f"{whole.finish_reason}: {whole.stop_reason}")
             return whole
         self.store.end_member(serial, plan.index, whole, num_computed)
         self._changed.add(serial)
         return whole
 
+    def go_on(self, group: GroupState, plan: MemberPlan, member: Trajectory) -> MemberPlan:
+        """A member that was at a boundary goes on as `member`; returns what to submit."""
+        self._put(group, plan.index, member)
+        at = plan.metadata
+        again = group.plan(self._policy(at.round), plan.index, at.group, at.index, at.group_size)
+        self._enter(group.serial, [again])
+        return again
+
+    def end_paused(self, group: GroupState, index: int, member: Trajectory) -> None:
+        """A member that was at a boundary ends there as `member`."""
+        self._put(group, index, member)
+        self.unpark.append(group.park_key(index))
+        self._changed.add(group.serial)
+
+    def refuse(self, group: GroupState, reason: str) -> None:
+        """A group is filtered while it runs."""
+        self._filter(group, reason)
+        self._give_up({group.serial})
+
+    def _put(self, group: GroupState, index: int, member: Trajectory) -> None:
+        self.store.end_member(group.serial, index, member, group.num_computed[index])
+
     def replace_member(self, serial: int, index: int, member: Trajectory) -> None:
         """A hook has changed a finished member."""
         group = self.store.carried.get(serial)
         if group is not None:
-            self.store.end_member(serial, index, member, group.num_computed[index])
+            self._put(group, index, member)
 
     def complete(self) -> list[GroupState]:
         """Groups that became complete, for the hooks where there are any; else they are banked.
@@ -404,6 +461,7 @@ class CarryRound:
         requests = [request_id for request_id, (_, serial) in self._running.items() if serial in serials]
         for request_id in requests:
             del self._running[request_id]
+        self.paused = {place: plan for place, plan in self.paused.items() if place[0] not in serials}
         for serial in serials:
             self._active.pop(serial, None)
         self.abort += requests

@@ -7,6 +7,7 @@ one by one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from longtail.engine.carry_book import CarryBook, VersionChanged
+from longtail.engine.carry_boundaries import CarryBoundaries
 from longtail.engine.carry_forks import CarryForks
 from longtail.engine.carry_round import CarryRound
 from longtail.engine.carry_stats import masked, masked_round, round_stats
@@ -32,6 +34,7 @@ from longtail.engine.trajectory import Group, Round, Trajectory
 from longtail.engine.vllm_args import sampling_params
 from longtail.engine.waves import Waves
 from longtail.scheduler.admission import FixedOverProvision, OverProvision, RoundOutcome
+from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON
 from longtail.scheduler.metadata import CUT_STOP_REASON, MAX_TARGET_GROUPS, report_of
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from longtail.engine.core_link import CoreLink
 
 _MAX_ID_CHARS = 160
+_OUR_STOP_REASONS = frozenset({CUT_STOP_REASON, BOUNDARY_STOP_REASON})
 
 
 class CarryRun:
@@ -65,7 +69,11 @@ class CarryRun:
         can_fork: bool = False,
     ) -> None:
         engine = driver.engine
-        self.round_id = check_arguments(group_size, target_groups, over_provision, sampling, round_id, engine.tokenizer)
+        self._has_boundary_hook = book.hooks is not None and book.hooks.decides_boundaries
+        self.round_id = check_arguments(
+            group_size, target_groups, over_provision, sampling, round_id, engine.tokenizer,
+            has_boundary_hook=self._has_boundary_hook,
+        )  # fmt: skip
         if target_groups is None:
             check_count("num_groups", num_groups, MAX_TARGET_GROUPS)
         if len(self.round_id) > _MAX_ID_CHARS:
@@ -95,6 +103,7 @@ class CarryRun:
         self._recovered = book.store.recovered
         self._started = time.monotonic()
         self._waves = Waves()
+        self._boundaries: CarryBoundaries | None = None
         self._has_ended = False
         self._ending = RLock()
         driver.claim_round(self.round_id)
@@ -123,8 +132,11 @@ class CarryRun:
             is_judged=self._book.hooks is not None,
             max_model_len=self._driver.engine.limits.max_model_len,
             can_fork=self._can_fork,
+            has_boundaries=self._has_boundary_hook,
         )
         self._forks = CarryForks(self._driver, self._round)
+        wake = functools.partial(self._book.inbox.post_to_run, None)
+        self._boundaries = CarryBoundaries(self._driver, self._round, self._forks, wake)
         if self._book.judging is not None:
             self._book.judging.keep_only(self._book.store.carried.values())
         self._judge(self._round.complete())
@@ -141,11 +153,11 @@ class CarryRun:
         if self._recovered is not None:
             return True
         self._note_version()
-        if self._round.num_running or self._round.is_forking:
+        if self._round.num_running or self._round.is_forking():
             return False
         if self._round.is_full:
             return True
-        return not (self._round.num_judging or self._fresh.num_preparing)
+        return not (self._round.num_judging or self._fresh.num_preparing or self._round.paused)
 
     def take(self, item: Any) -> list[Trajectory]:
         """Take one item; returns trajectories that have just ended by themselves.
@@ -162,7 +174,7 @@ class CarryRun:
                 self._take_answer(item)
             case VersionChanged():
                 self._note_version()
-            case None:
+            case None:  # a fork goes on
                 pass
             case Prepared():
                 with self._discarding_unfit():
@@ -170,6 +182,8 @@ class CarryRun:
                         self._add_fresh(prompts)
             case _:
                 ended = self._take_output(item)
+        if self._boundaries is not None:
+            self._submit(self._boundaries.go_on_forking())
         self._judge(self._round.complete())
         self._advance()
         return ended
@@ -247,7 +261,7 @@ class CarryRun:
                 self._driver.call_later(stop)
         self._end()
 
-    def ask_fork(self, trajectory_id: str, at: int | None, n: int, seeds: Sequence[int] | None) -> Fork:
+    def ask_fork(self, trajectory_id: str, at: int | None, n: int, seeds: Sequence[int] | None) -> Fork | None:
         """See `RoundRun.ask_fork`."""
         if not self._can_fork or self._recovered is not None:
             raise InvalidInputError("fork", "a round that was begun with can_fork=True", trajectory_id)
@@ -277,16 +291,19 @@ class CarryRun:
             return []
         plan, serial = found
         (completion,) = output.outputs
-        if completion.finish_reason == "abort" and completion.stop_reason != CUT_STOP_REASON:
+        if completion.finish_reason == "abort" and completion.stop_reason not in _OUR_STOP_REASONS:
             # Nobody here asked for it, and it has no report: its group goes on from what the store has.
             raise EngineDeadError("rollout", "it aborted a member that was not cut, as when it is told to shut down")
         segment = segment_of(plan, output)
         report = report_of(output.kv_transfer_params)
-        if plan.prior is not None and segment.ended_by_itself:
+        if plan.prior is not None and (segment.ended_by_itself or segment.is_paused):
             segment = with_whole_text(self._driver.engine.tokenizer, plan, segment)
-        whole = self._round.end(output.request_id, segment, 0 if report is None else report.num_computed_tokens)
+        num_computed, boundary = (0, None) if report is None else (report.num_computed_tokens, report.boundary)
+        whole = self._round.end(output.request_id, segment, num_computed, boundary)
         if whole.was_cut:
             self._waves.note_cut(plan.metadata.round)
+        if whole.is_paused:
+            self._ask_at_boundary(self._book.store.carried[serial], plan.index)
         if not whole.ended_by_itself:
             return []
         if self._book.judging is not None and (group := self._book.store.carried.get(serial)) is not None:
@@ -302,8 +319,26 @@ class CarryRun:
         members, verdict = self._book.judging.poll(answer.key)
         for index, member in members.items():
             self._round.replace_member(serial, index, member)
+        self._decide(group)
         if verdict is not None:
             self._round.judge(serial, verdict.group.trajectories, verdict.rejected, verdict.group.metadata)
+
+    def _ask_at_boundary(self, group: GroupState, index: int) -> None:
+        assert self._book.judging is not None
+        self._book.judging.see_boundary(group, index)
+
+    def _decide(self, group: GroupState) -> None:
+        """Apply what the hooks say of members that are at a boundary, as far as their group runs."""
+        if not any(serial == group.serial for serial, _ in self._round.paused):
+            return
+        assert self._book.judging is not None
+        for index, decision in self._book.judging.poll_decisions(group).items():
+            if (group.serial, index) not in self._round.paused:
+                continue  # another decision has refused the group
+            assert self._boundaries is not None
+            self._submit(self._boundaries.decide(group, index, decision))
+            if (member := group.members[index]) is not None and member.ended_by_itself:
+                self._book.judging.see_member(group, index)
 
     def _judge(self, groups: Sequence[GroupState]) -> None:
         for group in groups:
@@ -365,9 +400,14 @@ class CarryRun:
             return
         self._waves.join(len(groups), self._round.begin_wave)
         self._submit(self._round.start(groups))
+        for group in groups:
+            for index in group.paused:
+                self._ask_at_boundary(group, index)
         self._judge(self._round.complete())
 
     def _submit(self, plans: Sequence[MemberPlan]) -> None:
+        if not plans:
+            return
         requests = [(plan.request_id, plan.token_ids, sampling_params(plan)) for plan in plans]
         self._driver.submit(requests, self._deliver)
 
@@ -437,6 +477,8 @@ class CarryRun:
                 return
             self._has_ended = True
         self._book.inbox.detach()
+        if self._boundaries is not None:
+            self._boundaries.close()
         self._book.leftover = self._fresh.source.unsubmitted
         self._book.is_busy = False
         self._driver.release_round(self.round_id)

@@ -171,6 +171,10 @@ class SamplingConfig:
         stop: strings that end a trajectory; checked inside the engine, so that a round counts them exactly.
         stop_token_ids: token ids that end a trajectory, besides the model's own end token.
         ignore_eos: go on past the model's end token.
+        boundary_every: stop for `on_boundary` hooks after so many tokens of a segment.
+        boundary_token_ids: stop for them after one of these tokens.
+        boundary_strings: stop for them after the token that completes one of these strings, such as a closing tag; not
+            within the first `min_tokens`.
         seed: member `i` of group `g` of a round samples with `seed + g * group_size + i`; `None` draws from the
             engine's stream. Of rounds that carry over, `g` counts the groups of the whole run.
 
@@ -184,6 +188,9 @@ class SamplingConfig:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    boundary_every: int | None = None
+    boundary_token_ids: tuple[int, ...] = ()
+    boundary_strings: tuple[str, ...] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -192,16 +199,25 @@ class SamplingConfig:
         _check_int("sampling.top_k", self.top_k, 0)
         _check_int("sampling.max_tokens", self.max_tokens, 1)
         _check_int("sampling.min_tokens", self.min_tokens, 0, self.max_tokens)
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "boundary_token_ids", "boundary_strings"):
             if not isinstance(getattr(self, name), (tuple, list)):
                 raise InvalidInputError(f"sampling.{name}", "a list", getattr(self, name))
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for i, text in enumerate(self.stop):
-            if not isinstance(text, str) or not text:
-                raise InvalidInputError(f"sampling.stop[{i}]", "a non-empty string", text)
-        for i, token_id in enumerate(self.stop_token_ids):
-            _check_int(f"sampling.stop_token_ids[{i}]", token_id, 0)
+        for name in ("stop", "boundary_strings"):
+            for i, text in enumerate(getattr(self, name)):
+                if not isinstance(text, str) or not text:
+                    raise InvalidInputError(f"sampling.{name}[{i}]", "a non-empty string", text)
+        for name in ("stop_token_ids", "boundary_token_ids"):
+            for i, token_id in enumerate(getattr(self, name)):
+                _check_int(f"sampling.{name}[{i}]", token_id, 0)
+        if self.boundary_every is not None:
+            _check_int("sampling.boundary_every", self.boundary_every, 1)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidInputError("sampling.ignore_eos", "true or false", self.ignore_eos)
         if self.seed is not None:
             _check_int("sampling.seed", self.seed, 0, MAX_SEED)
+
+    @property
+    def has_boundaries(self) -> bool:
+        """Trajectories stop for `on_boundary` hooks."""
+        return self.boundary_every is not None or bool(self.boundary_token_ids or self.boundary_strings)

@@ -17,6 +17,7 @@ from longtail.engine.prompts import TokenPrompt
 from longtail.engine.rounds import MemberPlan
 from longtail.engine.trajectory import Branch, Group, Trajectory
 from longtail.scheduler.admission import Candidate
+from longtail.scheduler.boundaries import BoundarySpec
 from longtail.scheduler.metadata import RolloutMetadata
 from longtail.scheduler.staleness import Span
 
@@ -30,6 +31,7 @@ class RunPolicy:
     kv_policy: str
     park: bool
     can_fork: bool = False
+    has_boundaries: bool = False
 
 
 class GroupState(msgspec.Struct, kw_only=True):
@@ -114,6 +116,22 @@ class GroupState(msgspec.Struct, kw_only=True):
         member, branch = self.members[index], self._branch(index)
         return 0 if member is None else sum(member.source_mask[0 if branch is None else branch.at :])
 
+    @property
+    def paused(self) -> list[int]:
+        """Indices of the members that are at a boundary."""
+        return [i for i, member in enumerate(self.members) if member is not None and member.is_paused]
+
+    def _boundary(self, index: int) -> BoundarySpec | None:
+        member, sampling = self.members[index], self.sampling
+        if not sampling.has_boundaries:
+            return None
+        return BoundarySpec(
+            every=sampling.boundary_every,
+            token_ids=sampling.boundary_token_ids,
+            strings=sampling.boundary_strings,
+            start=0 if member is None else member.segment_start,
+        )
+
     def _branch(self, index: int) -> Branch | None:
         member = self.members[index]
         return None if member is None else member.branch
@@ -162,20 +180,19 @@ class GroupState(msgspec.Struct, kw_only=True):
 
     @property
     def attempt(self) -> str:
-        """What the scheduler calls the group: another one after a restart, as a wave may still know the old one."""
+        """What ids call the group: another one after a restart, as a wave may still know the old one."""
         return f"{self.serial}.{self.num_restarts}"
 
     def trajectory_id(self, index: int) -> str:
         """Of a member."""
         return f"{self.round_id}/{self.attempt}/{index}"
 
-    def plans(self, run: RunPolicy) -> list[MemberPlan]:
-        """What to submit so that the unfinished members, all of which have budget left, go on."""
-        going_on = self.unfinished
-        return [self.plan(run, index, place, len(going_on)) for place, index in enumerate(going_on)]
+    def plans(self, run: RunPolicy, name: str, indices: Sequence[int]) -> list[MemberPlan]:
+        """What to submit so that these members, all of which have budget left, go on as a group of the scheduler."""
+        return [self.plan(run, index, name, place, len(indices)) for place, index in enumerate(indices)]
 
-    def plan(self, run: RunPolicy, index: int, place: int, num_places: int) -> MemberPlan:
-        """What to submit so that a member goes on, which is at `place` of so many in the scheduler's group."""
+    def plan(self, run: RunPolicy, index: int, name: str, place: int, num_places: int) -> MemberPlan:
+        """What to submit so that a member goes on, which is at `place` of so many in the scheduler's group `name`."""
         num_tokens = self.num_tokens(index)
         return MemberPlan(
             request_id=f"{run.wave_id}/{self.attempt}/{index}",
@@ -184,7 +201,7 @@ class GroupState(msgspec.Struct, kw_only=True):
             metadata=RolloutMetadata(
                 round=run.wave_id,
                 target_groups=run.target_groups,
-                group=self.attempt,
+                group=name,
                 group_size=num_places,
                 index=place,
                 park=self.park_key(index) if run.park else None,
@@ -193,6 +210,7 @@ class GroupState(msgspec.Struct, kw_only=True):
                 num_computed_tokens=self.num_computed[index],
                 num_drawn_tokens=self.num_drawn(index) if num_tokens else None,
                 stop=self.sampling.stop if num_tokens else (),
+                boundary=self._boundary(index) if run.has_boundaries else None,
                 can_fork=run.can_fork,
             ),
             seed=self.seed_of(index),

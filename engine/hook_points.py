@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from longtail.engine.errors import InvalidInputError
 from longtail.engine.prompts import Prompt
 from longtail.engine.trajectory import Group, Trajectory
 
@@ -30,6 +31,56 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     rejected: str | None = None
 
 
+class Continue(msgspec.Struct, frozen=True, tag="continue"):
+    """Decision at a boundary: sampling goes on."""
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """Decision at a boundary: the trajectory ends here."""
+
+
+class Fork(msgspec.Struct, frozen=True, tag="fork"):
+    """Decision at a boundary: the trajectory goes on, and `k` new branches begin here.
+
+    Raises:
+        InvalidInputError: `k` is not an integer >= 1.
+
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise InvalidInputError("k", "an integer >= 1", self.k)
+
+
+class Append(msgspec.Struct, frozen=True, tag="append"):
+    """Decision at a boundary: the environment appends these token ids, then sampling goes on.
+
+    Raises:
+        InvalidInputError: there are none, or one is not an integer >= 0.
+
+    """
+
+    token_ids: list[int]
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            raise InvalidInputError("token_ids", "at least one token", self.token_ids)
+        for position, token_id in enumerate(self.token_ids):
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+                raise InvalidInputError(f"token_ids[{position}]", "an integer >= 0", token_id)
+
+
+Decision = Continue | Stop | Fork | Append
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """A hook failed at a boundary in a way that filters the group."""
+
+    reason: str
+
+
 class HookPoints(Protocol):
     """The hooks of one engine, as the engine sees them. Methods may be called from any thread.
 
@@ -38,6 +89,13 @@ class HookPoints(Protocol):
 
     def prepare(self, prompt: Prompt) -> Future[Prompt]:
         """A fresh prompt is about to be submitted; the answer is submitted instead."""
+
+    @property
+    def decides_boundaries(self) -> bool:
+        """There is a hook for boundaries."""
+
+    def decide(self, trajectory: Trajectory) -> Future[Decision | Refused]:
+        """A trajectory is at a boundary, its last one."""
 
     def finish_trajectory(self, trajectory: Trajectory) -> Future[Trajectory]:
         """A trajectory ended by itself; the answer, with reward or loss mask, takes its place."""

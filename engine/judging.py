@@ -15,7 +15,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from longtail.engine.group_state import GroupState
-from longtail.engine.hook_points import HookPoints, Verdict
+from longtail.engine.hook_points import Decision, HookPoints, Refused, Verdict
 from longtail.engine.trajectory import Group, Trajectory
 
 #: A group in one attempt: serial, number of restarts.
@@ -37,6 +37,8 @@ class _Case:
     members: dict[int, Trajectory] = field(default_factory=dict)
     group: Group | None = None
     verdict: Future[Verdict] | None = None
+    #: By index of the member and number of its boundaries.
+    deciding: dict[tuple[int, int], Future[Decision | Refused]] = field(default_factory=dict)
 
 
 class Inbox:
@@ -99,6 +101,33 @@ class Judging:
         if index not in case.asked:
             case.asked[index] = self._hooks.finish_trajectory(member)
             self._wake(case.asked[index], key)
+
+    def see_boundary(self, group: GroupState, index: int) -> None:
+        """A member is at a boundary; `poll_decisions` has what the hooks say."""
+        key, member = _key(group), group.members[index]
+        assert member is not None
+        case, place = self._cases.setdefault(key, _Case()), (index, len(member.boundaries))
+        if place not in case.deciding:
+            case.deciding[place] = self._hooks.decide(member)
+        # Also where the answer came while no run took answers.
+        self._wake(case.deciding[place], key)
+
+    def poll_decisions(self, group: GroupState) -> dict[int, Decision | Refused]:
+        """What is decided of members that are at a boundary, by index.
+
+        Raises:
+            Exception: what a hook failed with that is to end the round; the next round asks that hook again.
+
+        """
+        case = self._cases.get(_key(group))
+        decided: dict[int, Decision | Refused] = {}
+        for (index, number), future in list(() if case is None else case.deciding.items()):
+            if case is not None and future.done():
+                del case.deciding[index, number]
+                member = group.members[index]
+                if member is not None and member.is_paused and len(member.boundaries) == number:
+                    decided[index] = future.result()
+        return decided
 
     def see_group(self, group: GroupState, round_id: str) -> None:
         """A group is complete. Members that ended before a crash are shown to the hooks (again) now."""

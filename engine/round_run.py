@@ -107,8 +107,8 @@ class RoundRun:
             segment = with_whole_text(self._driver.engine.tokenizer, member, segment)
         return [self._collector.add(item.request_id, segment)]
 
-    def ask_fork(self, trajectory_id: str, at: int | None, n: int, seeds: Sequence[int] | None) -> Fork:
-        """Ask the scheduler to fork a trajectory; one fork at a time.
+    def ask_fork(self, trajectory_id: str, at: int | None, n: int, seeds: Sequence[int] | None) -> Fork | None:
+        """Ask the scheduler to fork a trajectory; `None` while another fork is not taken.
 
         Raises:
             InvalidInputError: an argument is wrong, or the round takes no forks.
@@ -116,6 +116,8 @@ class RoundRun:
         """
         if not self.plan.can_fork:
             raise InvalidInputError("fork", "a round that was begun with can_fork=True", trajectory_id)
+        if self._collector.num_forking:
+            return None
         member, ended = self._collector.find(trajectory_id)
         check_fork(at, n, seeds, max_tokens=member.max_tokens, ended=ended)
         first = self._collector.num_members(member.prompt.group_id)

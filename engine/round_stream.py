@@ -371,7 +371,8 @@ def _fork(
 ) -> list[str]:
     """Fork a trajectory; what ends meanwhile is added to `ended`."""
     run = stream._run
-    fork = run.ask_fork(trajectory_id, *args)
+    while (fork := run.ask_fork(trajectory_id, *args)) is None:
+        ended.extend(_taken(run, stream._items.get()))
     try:
         while True:
             with contextlib.suppress(InvalidInputError):  # `take_fork` knows what it means
@@ -390,7 +391,8 @@ async def _fork_async(
     run = stream._run
     limit = stream._driver.config.stall_timeout_s
     async with stream._forking:
-        fork = run.ask_fork(trajectory_id, *args)
+        while (fork := run.ask_fork(trajectory_id, *args)) is None:
+            ended.extend(_taken(run, await stream._items.get()))
         try:
             while True:
                 with contextlib.suppress(InvalidInputError):

@@ -163,6 +163,8 @@ def check_arguments(
     sampling: SamplingConfig,
     round_id: str | None,
     tokenizer: Tokenizer | None,
+    *,
+    has_boundary_hook: bool = False,
 ) -> str:
     """Check what the caller says of a round, prompts aside; the round's id, a random one if it has none.
 
@@ -173,8 +175,13 @@ def check_arguments(
     if not isinstance(sampling, SamplingConfig):
         raise InvalidInputError("sampling", "a SamplingConfig", sampling)
     check_count("group_size", group_size, MAX_GROUP_SIZE)
-    if sampling.stop and tokenizer is None:
-        raise InvalidInputError("sampling.stop", "no stop strings, because this engine has no tokenizer", sampling.stop)
+    for name in ("stop", "boundary_strings"):
+        if (strings := getattr(sampling, name)) and tokenizer is None:
+            raise InvalidInputError(f"sampling.{name}", "no strings, because this engine has no tokenizer", strings)
+    if sampling.has_boundaries and not has_boundary_hook:
+        where = next(name for name in _BOUNDARY_FIELDS if getattr(sampling, name))
+        what = "nothing, without a round that carries over and a hook with on_boundary"
+        raise InvalidInputError(f"sampling.{where}", what, getattr(sampling, where))
     if round_id is None:
         round_id = uuid.uuid4().hex[:12]
     elif not isinstance(round_id, str) or not 0 < len(round_id) <= MAX_ID_CHARS:
@@ -186,6 +193,9 @@ def check_arguments(
         if not number or not math.isfinite(over_provision) or over_provision < 1:
             raise InvalidInputError("over_provision", "a finite number >= 1", over_provision)
     return round_id
+
+
+_BOUNDARY_FIELDS = ("boundary_every", "boundary_token_ids", "boundary_strings")
 
 
 def check_count(name: str, value: object, high: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON
 from longtail.scheduler.metadata import CUT_STOP_REASON
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
@@ -97,6 +98,23 @@ class Branch(msgspec.Struct, frozen=True, kw_only=True):
     at: int
 
 
+class Boundary(msgspec.Struct, frozen=True, kw_only=True):
+    """The end of a segment at which something was decided.
+
+    Attributes:
+        start: output tokens `[start, end)` are the segment.
+        end: see `start`.
+        made_by: the string or the token id that ended it; `None` if it had its length.
+        num_appended: tokens that the environment appended there.
+
+    """
+
+    start: int
+    end: int
+    made_by: str | int | None = None
+    num_appended: int = 0
+
+
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     """One sample, prompt to end, token by token.
 
@@ -110,7 +128,8 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
         prompt_token_ids: int token ids, length P.
         output_token_ids: int token ids, length T (0 when it was cut before its first step).
         logprobs: float, length T: log-probability of each output token under the distribution that it was
-            sampled from, after temperature and top-p/top-k (the behaviour policy of a PPO ratio).
+            sampled from, after temperature and top-p/top-k (the behaviour policy of a PPO ratio). 0.0, which means
+            nothing, for a token that the environment appended.
         source_mask: int, length T: 1 for a token that the model sampled, 0 for one that the environment
             appended.
         loss_mask: int, length T: 0 for a token that must not be trained on, because the environment appended it or
@@ -122,6 +141,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
         text: the detokenized output, for people.
         seed: the sampling seed, if one was given.
         branch: where it left another trajectory; `None` for one that began with the prompt.
+        boundaries: of its segments so far, in order.
         reward: what a reward hook gave it.
         timings: see `Timings`.
         tokens: see `TokenCounts`.
@@ -148,6 +168,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     text: str | None = None
     seed: int | None = None
     branch: Branch | None = None
+    boundaries: list[Boundary] = []
     reward: float | None = None
     timings: Timings
     tokens: TokenCounts
@@ -175,6 +196,16 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
     def ended_by_itself(self) -> bool:
         """Nobody stopped it: it counts towards a complete group."""
         return self.finish_reason in ("stop", "length", "repetition")
+
+    @property
+    def is_paused(self) -> bool:
+        """It is at a boundary, where nothing has been decided yet."""
+        return self.finish_reason == "abort" and self.stop_reason == BOUNDARY_STOP_REASON
+
+    @property
+    def segment_start(self) -> int:
+        """Output tokens before the segment that it is in."""
+        return self.boundaries[-1].end + self.boundaries[-1].num_appended if self.boundaries else 0
 
     @property
     def num_own_tokens(self) -> int:

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 import msgspec
 
 from longtail.engine.config import MAX_SEED
-from longtail.engine.trajectory import Branch, KvSpan, Segment, Timings, TokenCounts, Trajectory, VersionSpan
+from longtail.engine.trajectory import (
+    Boundary,
+    Branch,
+    FinishReason,
+    KvSpan,
+    Segment,
+    Timings,
+    TokenCounts,
+    Trajectory,
+    VersionSpan,
+)
+from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON
 from longtail.scheduler.metadata import CUT_STOP_REASON
 
 
@@ -35,6 +46,7 @@ def joined(prior: Trajectory, last: Trajectory) -> Trajectory:
         weight_versions=versions,
         segments=[*prior.segments, *segments],
         branch=prior.branch,
+        boundaries=prior.boundaries,
         tokens=TokenCounts(**counts),
     )
 
@@ -58,11 +70,50 @@ def branches(parent: Trajectory, at: int, ids: dict[int, str], seeds: Sequence[i
         timings=Timings(submitted_s=0.0),
         tokens=TokenCounts(),
         branch=Branch(of=parent.index, at=at),
+        boundaries=[
+            msgspec.structs.replace(one, num_appended=min(one.num_appended, at - one.end))
+            for one in parent.boundaries
+            if one.end <= at
+        ],
     )
     return [
         msgspec.structs.replace(prefix, trajectory_id=trajectory_id, index=index, seed=seed)
         for (index, trajectory_id), seed in zip(ids.items(), seeds, strict=True)
     ]
+
+
+def paused_at(trajectory: Trajectory, made_by: str | int | None) -> Trajectory:
+    """A trajectory that was stopped at a boundary, with that boundary."""
+    end = len(trajectory.output_token_ids)
+    boundary = Boundary(start=trajectory.segment_start, end=end, made_by=made_by)
+    return msgspec.structs.replace(trajectory, boundaries=[*trajectory.boundaries, boundary])
+
+
+def going_on(trajectory: Trajectory, appended: Sequence[int] = ()) -> Trajectory:
+    """A paused trajectory that goes on like one that was cut, after tokens that the environment appended."""
+    cut = msgspec.structs.replace(trajectory, stop_reason=CUT_STOP_REASON)
+    if not appended:
+        return cut
+    start, count = len(trajectory.output_token_ids), len(appended)
+    version = trajectory.weight_versions[-1]
+    zeros = [0] * count
+    last = msgspec.structs.replace(trajectory.boundaries[-1], num_appended=count)
+    return msgspec.structs.replace(
+        cut,
+        output_token_ids=[*trajectory.output_token_ids, *appended],
+        logprobs=[*trajectory.logprobs, *(0.0 for _ in appended)],
+        source_mask=trajectory.source_mask + zeros,
+        loss_mask=trajectory.loss_mask + zeros,
+        weight_versions=[*trajectory.weight_versions[:-1], msgspec.structs.replace(version, end=start + count)],
+        segments=[*trajectory.segments, Segment(start=start, end=start + count, kv_versions=[])],
+        boundaries=[*trajectory.boundaries[:-1], last],
+    )
+
+
+def ended_at(trajectory: Trajectory, finish_reason: FinishReason) -> Trajectory:
+    """A paused trajectory that ends where it is; a decision to stop is why if it is `stop`."""
+    stop_reason = BOUNDARY_STOP_REASON if finish_reason == "stop" else None
+    return msgspec.structs.replace(trajectory, finish_reason=finish_reason, stop_reason=stop_reason)
 
 
 def branch_seed(seed: int | None, index: int) -> int | None:

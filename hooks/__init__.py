@@ -1,9 +1,9 @@
 """Training hooks: what a recipe plugs into the life of a rollout.
 
-A hook is a plain object with any of `on_prompt`, `on_trajectory`, `on_group` and `on_weights`, each a plain or a
-coroutine function; `Hooks` runs them beside the engine, each call for a limited time and with a defined outcome when
-it fails. The whole contract is the docstring of `longtail.hooks.protocol`. `RewardFunction` and `TaskReward` set
-rewards; `RewardSpread`, `MeanReward` and `GroupFilter` filter groups.
+A hook is a plain object with any of `on_prompt`, `on_boundary`, `on_trajectory`, `on_group` and `on_weights`, each a
+plain or a coroutine function; `Hooks` runs them beside the engine, each call for a limited time and with a defined
+outcome when it fails. The whole contract is the docstring of `longtail.hooks.protocol`. `RewardFunction` and
+`TaskReward` set rewards; `RewardSpread`, `MeanReward` and `GroupFilter` filter groups.
 
     class Length:
         time_limit_s = 5.0

@@ -72,10 +72,16 @@ def _bind(hook: object, where: str) -> list[HookCall]:
     for point, method in methods.items():
         if not callable(method):
             raise InvalidInputError(f"{where}.{point}", "a method", method)
-        rejects = point in ("on_trajectory", "on_group")
+        rejects = point in ("on_boundary", "on_trajectory", "on_group")
         outcome: OnFailure = "raise" if on_failure == "reject" and not rejects else on_failure
-        calls.append(HookCall(label, point, method, is_coroutine_function(method), time_limit_s, outcome))
+        function = _with_boundary(method) if point == "on_boundary" else method
+        calls.append(HookCall(label, point, function, is_coroutine_function(method), time_limit_s, outcome))
     return calls
+
+
+def _with_boundary(method: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
+    """`on_boundary`, called with a trajectory that is at a boundary."""
+    return lambda trajectory: method(trajectory, trajectory.boundaries[-1])
 
 
 def _refuse_unknown_methods(hook: object, where: str) -> None:

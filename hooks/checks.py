@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from longtail.engine.hook_points import Verdict
+from longtail.engine.hook_points import Decision, Verdict
 from longtail.engine.prompts import Prompt
 from longtail.engine.trajectory import Group, Trajectory
 from longtail.hooks.errors import shown
@@ -187,6 +187,18 @@ def _checked_group(before: Group, now: object) -> Group:
     pairs = zip(before.trajectories, now.trajectories, strict=True)
     trajectories = [checked_trajectory(was, is_now) for was, is_now in pairs]
     return msgspec.structs.replace(before, trajectories=trajectories, metadata=_checked_metadata(now.metadata))
+
+
+def checked_decision(answer: object) -> Decision:
+    """What `on_boundary` says.
+
+    Raises:
+        WrongAnswer: it is no decision.
+
+    """
+    if not isinstance(answer, Decision):
+        raise WrongAnswer(f"returned {described(answer)}, expected Continue(), Stop(), Fork(k) or Append(token_ids)")
+    return answer
 
 
 def checked_nothing(answer: object) -> None:

@@ -2,8 +2,10 @@
 
 `on_prompt(prompt: Prompt) -> Prompt`
     A fresh prompt is about to be submitted; the answer is submitted instead. `group_id` stays.
-`on_boundary(trajectory: Trajectory, segment: Segment) -> Decision`
-    A segment ended. **The engine does not call it yet**: the method is taken, and has no effect.
+`on_boundary(trajectory: Trajectory, boundary: Boundary) -> Decision`
+    A trajectory is at a boundary that `SamplingConfig` declares, `trajectory.boundaries[-1]`, and stands still until
+    the answer: `Continue()`, `Stop()`, `Fork(k)` or `Append(token_ids)`. Others go on meanwhile. Of several hooks the
+    first that does not answer `Continue()` decides.
 `on_trajectory(trajectory: Trajectory) -> Trajectory`
     A trajectory ended by itself. The answer may differ in `reward` (finite), `loss_mask` (a 1 may become a 0, never
     the reverse), `text` and `metadata`; everything else says what was sampled and stays.
@@ -23,7 +25,8 @@ Three attributes are optional and read once, when the hook is handed over:
     - `"reject"`, the default: the group is filtered, with a reason that names hook, method and failure; hooks that
       come later for the same trajectory or group are not called. `on_prompt` and `on_weights` have no group to
       reject, so it means `"raise"` there.
-    - `"ignore"`: the value from before the call is used. In `on_group` that accepts the group.
+    - `"ignore"`: the value from before the call is used. In `on_group` that accepts the group, at a boundary the
+      trajectory goes on.
     - `"raise"`: the round ends with a `HookError`.
 
     None of them makes a reward of 0 out of a reward that failed.
@@ -46,6 +49,11 @@ from typing import Literal, get_args
 
 import msgspec
 
+from longtail.engine.hook_points import Append as Append
+from longtail.engine.hook_points import Continue as Continue
+from longtail.engine.hook_points import Decision as Decision
+from longtail.engine.hook_points import Fork as Fork
+from longtail.engine.hook_points import Stop as Stop
 from longtail.engine.trajectory import Group
 from longtail.hooks.errors import InvalidInputError
 
@@ -57,50 +65,6 @@ ON_FAILURE: tuple[OnFailure, ...] = get_args(OnFailure)
 
 DEFAULT_TIME_LIMIT_S = 60.0
 DEFAULT_ON_FAILURE: OnFailure = "reject"
-
-
-class Continue(msgspec.Struct, frozen=True, tag="continue"):
-    """Decision at a boundary: sampling goes on."""
-
-
-class Stop(msgspec.Struct, frozen=True, tag="stop"):
-    """Decision at a boundary: the trajectory ends here."""
-
-
-class Fork(msgspec.Struct, frozen=True, tag="fork"):
-    """Decision at a boundary: the trajectory goes on, and `k` new branches begin here.
-
-    Raises:
-        InvalidInputError: `k` is not an integer >= 1.
-
-    """
-
-    k: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise InvalidInputError("k", "an integer >= 1", self.k)
-
-
-class Append(msgspec.Struct, frozen=True, tag="append"):
-    """Decision at a boundary: the environment appends these token ids, then sampling goes on.
-
-    Raises:
-        InvalidInputError: there are none, or one is not an integer >= 0.
-
-    """
-
-    token_ids: list[int]
-
-    def __post_init__(self) -> None:
-        if not self.token_ids:
-            raise InvalidInputError("token_ids", "at least one token", self.token_ids)
-        for position, token_id in enumerate(self.token_ids):
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise InvalidInputError(f"token_ids[{position}]", "an integer >= 0", token_id)
-
-
-Decision = Continue | Stop | Fork | Append
 
 
 class Accept(msgspec.Struct, frozen=True, tag="accept"):

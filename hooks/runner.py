@@ -13,7 +13,6 @@ import inspect
 import logging
 import threading
 import time
-import warnings
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from longtail.engine.hook_points import Verdict
+from longtail.engine.hook_points import Continue, Decision, Refused, Verdict
 from longtail.engine.prompts import Prompt
 from longtail.engine.trajectory import Group, Trajectory
 from longtail.hooks import checks
@@ -81,10 +80,6 @@ class Hooks:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024:
                 raise InvalidInputError(name, "an integer in [1, 1024]", value)
         calls = bind_hooks(hooks)
-        for call in calls:
-            if call.point == "on_boundary":
-                message = f"{call.hook} has on_boundary, which the engine does not call yet"
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
         self._calls = {point: [call for call in calls if call.point == point] for point in POINTS}
         self._tally = Tally(calls)
         self._threads = HookThreads(max_threads, max_stuck_threads)
@@ -100,6 +95,16 @@ class Hooks:
         """The prompt as the `on_prompt` hooks leave it. The future raises `HookError`."""
         subject = "a prompt" if prompt.group_id is None else f"prompt {prompt.group_id}"
         return self._start("on_prompt", subject, partial(self._prepare, prompt))
+
+    @property
+    def decides_boundaries(self) -> bool:
+        """Whether a hook has `on_boundary`."""
+        return bool(self._calls["on_boundary"])
+
+    def decide(self, trajectory: Trajectory) -> Future[Decision | Refused]:
+        """What the first `on_boundary` hook says that does not let it go on. The future raises `HookError`."""
+        subject = f"trajectory {trajectory.trajectory_id} at token {len(trajectory.output_token_ids)}"
+        return self._start("on_boundary", subject, partial(self._decide, trajectory))
 
     def finish_trajectory(self, trajectory: Trajectory) -> Future[Trajectory]:
         """The trajectory as the `on_trajectory` hooks leave it. The future raises `HookError`.
@@ -186,6 +191,16 @@ class Hooks:
             if not isinstance(answer, HookError):
                 prompt = answer
         return prompt
+
+    async def _decide(self, trajectory: Trajectory, item: _Item[Decision | Refused]) -> Decision | Refused:
+        for call in self._calls["on_boundary"]:
+            answer = await self._call(item, call, checks.copied_trajectory(trajectory), checks.checked_decision)
+            if isinstance(answer, HookError):
+                if call.on_failure == "reject":
+                    return Refused(str(answer))
+            elif not isinstance(answer, Continue):
+                return answer
+        return Continue()
 
     async def _finish_trajectory(self, trajectory: Trajectory, item: _Item[Trajectory]) -> Trajectory:
         self._failed.pop(trajectory.trajectory_id, None)

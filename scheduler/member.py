@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from longtail.scheduler.boundaries import BoundarySpec
 from longtail.scheduler.kv_policy import FRESH, KvPolicy, KvVersions
 from longtail.scheduler.metadata import MemberReport, RolloutMetadata
 
@@ -40,6 +41,7 @@ class Member:
     num_renewals: int = 0
     kv: KvVersions | None = None
     history: History | None = None
+    boundary: BoundarySpec | None = None
     segments: list[tuple[int, list[tuple[str, int, int]]]] = field(default_factory=list)
 
     @staticmethod
@@ -53,6 +55,7 @@ class Member:
             kv_policy=KvPolicy.parse(metadata.kv_policy),
             num_prior=metadata.num_prior_tokens,
             frontier=metadata.num_computed_tokens,
+            boundary=metadata.boundary,
         )
 
     @property

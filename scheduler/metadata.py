@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from longtail.scheduler.boundaries import BoundarySpec
 from longtail.scheduler.errors import InvalidInputError
 from longtail.scheduler.kv_policy import KvPolicy
 
@@ -47,6 +48,7 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         num_drawn_tokens: how many of `num_prior_tokens` were drawn with the request's own seed; all by default.
         stop: stop strings of a trajectory that goes on; the front end, which does not know the text before, would find
             others.
+        boundary: where it is stopped for the front end to decide; its place in the group stays its own.
         can_fork: branches of it may be asked for under its `park` key until its group is complete or its round
             forgotten: what it needs for that is kept.
 
@@ -63,6 +65,7 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     num_computed_tokens: int = 0
     num_drawn_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    boundary: BoundarySpec | None = None
     can_fork: bool = False
 
     @property
@@ -89,6 +92,7 @@ class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
         num_computed_tokens: positions that had KV when it ended.
         segments: `(start, kv_spans)` by segment: the output token that it begins with, counted in the trajectory, and
             `(version, start, end)` spans of the KV that was there then.
+        boundary: of one that was stopped at a boundary, the string or token id that made it; `None` for a length.
 
     """
 
@@ -104,6 +108,7 @@ class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
     num_parked_tokens: int = 0
     num_computed_tokens: int = 0
     segments: list[tuple[int, list[tuple[str, int, int]]]] = []
+    boundary: str | int | None = None
 
 
 def report_of(kv_transfer_params: Mapping[str, Any] | None) -> MemberReport | None:
@@ -146,6 +151,12 @@ def parse_metadata(value: object) -> RolloutMetadata:
         raise InvalidInputError(f"{EXTRA_ARGS_KEY}.can_fork", "a `park` key with it", metadata.can_fork)
     if not all(metadata.stop):
         raise InvalidInputError(f"{EXTRA_ARGS_KEY}.stop", "non-empty strings", metadata.stop)
+    if (boundary := metadata.boundary) is not None:
+        where = f"{EXTRA_ARGS_KEY}.boundary"
+        if boundary.every is not None and boundary.every < 1:
+            raise InvalidInputError(f"{where}.every", "an integer >= 1", boundary.every)
+        if not all(boundary.strings):
+            raise InvalidInputError(f"{where}.strings", "non-empty strings", boundary.strings)
     KvPolicy.parse(metadata.kv_policy, f"{EXTRA_ARGS_KEY}.kv_policy")
     for name, high in (("target_groups", MAX_TARGET_GROUPS), ("group_size", MAX_GROUP_SIZE)):
         number = getattr(metadata, name)

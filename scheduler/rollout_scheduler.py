@@ -29,6 +29,7 @@ from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutpu
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON, BoundarySpec
 from longtail.scheduler.errors import InvalidInputError
 from longtail.scheduler.forking import Forking, cannot_fork
 from longtail.scheduler.kv_policy import KvPolicy
@@ -56,7 +57,17 @@ class RolloutMixin(_Base):
     """Rounds for any V1 scheduler; put it before the scheduler class in the bases."""
 
     #: Operations of `rollout_rpc`.
-    RPC_OPS = ("round", "close_round", "forget_round", "fork", "give_up_fork", "counters", "weights", "unpark")
+    RPC_OPS = (
+        "round",
+        "close_round",
+        "forget_round",
+        "fork",
+        "give_up_fork",
+        "finish_paused",
+        "counters",
+        "weights",
+        "unpark",
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -94,7 +105,8 @@ class RolloutMixin(_Base):
         if metadata.can_fork:
             self._forking.enter(member)
         self._no_token_yet.add(request.request_id)
-        self._stop_strings.watch(request, metadata.stop)
+        boundary_strings = () if metadata.boundary is None else metadata.boundary.strings
+        self._stop_strings.watch(request, (*metadata.stop, *boundary_strings))
         self._kv.check(member)
         super().add_request(request)
 
@@ -182,6 +194,8 @@ class RolloutMixin(_Base):
                     self._forking.note(output)
                 if output.finish_reason is not None:
                     self._count_finished(output, now)
+                elif (paused := self._members.get(output.request_id)) is not None and paused.boundary is not None:
+                    self._look_for_boundary(paused, paused.boundary, output, now)
                 elif self._stop_strings and (text := self._stop_strings.hit(output.request_id, output.new_token_ids)):
                     self._stop_at_string(output, text, now)
         cut = self._book.cut_ready()
@@ -221,6 +235,40 @@ class RolloutMixin(_Base):
             output.finish_reason, output.stop_reason = FinishReason.STOP, stop_string
         self._kv.forget(self._book.finish(output.request_id, member.num_new_tokens))
         _attach_report(output, member.report(now))
+
+    def _look_for_boundary(self, member: Member, spec: BoundarySpec, output: EngineCoreOutput, now: float) -> None:
+        """Stop a member at the first boundary in its tokens of this step, unless a stop string comes first."""
+        tokens = output.new_token_ids
+        count = len(tokens) + 1
+        made_by: str | int | None = None
+        if (found := spec.first(tokens, member.request.num_output_tokens - len(tokens))) is not None:
+            count, made_by = found
+        text = self._stop_strings.first_hit(output.request_id, tokens) if self._stop_strings else None
+        if text is not None and text[1] not in spec.strings:
+            if text[0] <= count:
+                self._stop_at_string(output, text[1], now)
+                return
+        elif text is not None and text[0] <= count:
+            count, made_by = text
+        if count <= len(tokens):
+            self._pause(member, output, count, made_by, now)
+
+    def _pause(
+        self, member: Member, output: EngineCoreOutput, count: int, made_by: str | int | None, now: float
+    ) -> None:
+        """Stop a live member after `count` of its tokens of this step; its KV is parked."""
+        request = member.request
+        if num_over := len(output.new_token_ids) - count:
+            del request._output_token_ids[-num_over:], request._all_token_ids[-num_over:]
+            del output.new_token_ids[count:]
+            if output.new_logprobs is not None:
+                output.new_logprobs = output.new_logprobs.slice_request(0, count)
+        self._drop_member(request.request_id)
+        self._kv.park(member)
+        super().finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        self._book.pause(request.request_id, member.num_new_tokens)
+        output.finish_reason, output.stop_reason = FinishReason.ABORT, BOUNDARY_STOP_REASON
+        _attach_report(output, msgspec.structs.replace(member.report(now), boundary=made_by))
 
     def _cut(
         self, request_id: str, by_id: dict[str, EngineCoreOutput], outputs: dict[int, EngineCoreOutputs], now: float
@@ -273,6 +321,7 @@ class RolloutMixin(_Base):
         (int), `kv_policy` of requests that are no members, `share_prefix` (new requests may hit blocks of older
         weights). `unpark` gives up the parked KV of `keys`. Both answer the counters. `fork` takes the fields of
         `ForkOrder` and answers those of `ForkPoint`; `give_up_fork` takes those of `GivenUp`.
+        `finish_paused` says that a member (`round`, `group`, `index`) that was stopped at a boundary ends there.
         What the caller did wrong comes back as `{"invalid": [field, expected, got]}`: an exception would reach
         the caller without its type.
         """
@@ -288,7 +337,9 @@ class RolloutMixin(_Base):
                 return point
             elif op == "give_up_fork":
                 self._forking.give_up(args)
-            if op in ("counters", "weights", "unpark", "give_up_fork"):
+            elif op == "finish_paused":
+                self._finish_paused(args)
+            if op in ("counters", "weights", "unpark", "give_up_fork", "finish_paused"):
                 return self._counters()
             round_id = args.get("round")
             if not isinstance(round_id, str):
@@ -319,6 +370,12 @@ class RolloutMixin(_Base):
             raise InvalidInputError("version", f"an integer above {self._kv.version}", version)
         policy = KvPolicy.parse(args.get("kv_policy", "fresh"))
         self._kv.change_weights(version, self._members, policy, bool(args.get("share_prefix")))
+
+    def _finish_paused(self, args: dict[str, Any]) -> None:
+        round_id, group_id, index = args.get("round"), args.get("group"), args.get("index")
+        if not isinstance(round_id, str) or not isinstance(group_id, str) or not isinstance(index, int):
+            raise InvalidInputError("round, group, index", "two strings and an integer", (round_id, group_id, index))
+        self._kv.forget(self._book.finish_paused(round_id, group_id, index))
 
     def _close_round(self, round_id: str) -> None:
         for request_id in self._book.close(round_id):

@@ -237,6 +237,27 @@ class RoundBook:
         round_id, entry, _ = self._remove(request_id)
         self._settle(round_id, entry)
 
+    def pause(self, request_id: str, num_output_tokens: int) -> None:
+        """A live member stops at a boundary; its place is kept for it, whether it goes on or not."""
+        round_id, entry, metadata = self._remove(request_id)
+        group = entry.groups[metadata.group]
+        group.reserved.add(metadata.index)
+        group.num_output_tokens += num_output_tokens
+        self._settle(round_id, entry)
+
+    def finish_paused(self, round_id: str, group_id: str, index: int) -> list[str]:
+        """A member that was paused ends there; returns what `finish` returns.
+
+        Nothing of a round or group that is not known.
+        """
+        entry = self._find(round_id)
+        group = None if entry is None else entry.groups.get(group_id)
+        if entry is None or group is None or entry.closed or index not in group.reserved:
+            return []
+        group.reserved.discard(index)
+        group.finished.add(index)
+        return self._complete(round_id, entry, group)
+
     def cut_ready(self) -> list[str]:
         """Close every round that reached its target since the last call; returns the members to stop."""
         if not self._ready:

@@ -56,6 +56,14 @@ class StopStringWatch:
         detokenizer.update(prior, False)
         self._detokenizers[request.request_id] = detokenizer
 
+    def first_hit(self, request_id: str, new_token_ids: list[int]) -> tuple[int, str] | None:
+        """The first of these strings, and how many of the tokens it takes to complete it."""
+        detokenizer = self._detokenizers.get(request_id)
+        if detokenizer is None:
+            return None
+        texts = ((count, detokenizer.update([token], False)) for count, token in enumerate(new_token_ids, start=1))
+        return next(((count, text) for count, text in texts if text is not None), None)
+
     def hit(self, request_id: str, new_token_ids: list[int]) -> str | None:
         """The stop string of `request_id` that the tokens of this step complete."""
         detokenizer = self._detokenizers.get(request_id)

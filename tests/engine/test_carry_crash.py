@@ -28,6 +28,7 @@ import msgspec
 import pytest
 
 from longtail.engine import journal
+from longtail.engine.group_state import RunPolicy
 from longtail.engine.group_store import GroupStore
 from longtail.engine.journal import JournalError
 
@@ -319,7 +320,7 @@ def test_a_full_disk_loses_no_record_that_could_wait(tmp_path: Path, disk: Disk)
     receiver = Receiver(store)
     receiver.run_rounds(3)
     serial, group = next(iter(store.carried.items()))
-    member = child.segment_of(group.plans("wave", 1, kv_policy="fresh", park=True)[0], 1, 0)[0]
+    member = child.segment_of(group.plans(RunPolicy("wave", 1, "fresh", park=True), "0.0", [0])[0], 1, 0)[0]
     disk.room = 10
     store._written_at = -1e9
     store.end_member(serial, 0, member, 3)

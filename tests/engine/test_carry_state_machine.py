@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import pytest
 import scheduler_harness
-from carry_caller import COMMON, Caller, HookFailure, Prompts, SlowHooks
+from carry_caller import BOUNDARY_TOKENS, COMMON, Caller, HookFailure, Prompts, SlowHooks
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -80,6 +80,10 @@ MUST_HAPPEN = (
     "forks too late",
     "branches accepted",
     "branches of branches",
+    "boundaries",
+    "appended tokens",
+    "stopped at a boundary",
+    "filtered, on_boundary",
 )
 
 
@@ -113,6 +117,15 @@ class CarryMachine(RuleBasedStateMachine):
         is_judged=st.booleans(),
         is_durable=st.booleans(),
         has_iterator=st.booleans(),
+        boundaries=st.sampled_from(
+            (
+                {},
+                {"boundary_every": 3},
+                {"boundary_every": 9},
+                {"boundary_token_ids": BOUNDARY_TOKENS},
+                {"boundary_every": 7, "boundary_token_ids": BOUNDARY_TOKENS},
+            )
+        ),
         seed=st.integers(0, 1000),
     )
     def begin(
@@ -124,6 +137,7 @@ class CarryMachine(RuleBasedStateMachine):
         is_judged: bool,
         is_durable: bool,
         has_iterator: bool,
+        boundaries: dict[str, Any],
         seed: int,
     ) -> None:
         self.rng = random.Random(seed)
@@ -138,6 +152,7 @@ class CarryMachine(RuleBasedStateMachine):
             Prompts(seed, num_prompts, block_size * (num_blocks - 1)),
             config,
             has_iterator=has_iterator and not is_durable,
+            boundaries=boundaries if is_judged else {},
         )
         self._start_process(0)
 
@@ -318,7 +333,8 @@ class CarryMachine(RuleBasedStateMachine):
         assert store.totals.num_submitted == store.totals.cursor
         assert store.totals.num_filtered == len(caller.filtered)
         for reason in caller.filtered.values():
-            assert reason == "hook: no" or (reason, self.config.on_stale) == ("stale", "drop")
+            is_hooks = reason == "hook: no" or reason.startswith("on_boundary: appended")
+            assert is_hooks or (reason, self.config.on_stale) == ("stale", "drop"), reason
 
     @invariant()
     def no_member_is_beyond_its_budget(self) -> None:
@@ -328,7 +344,8 @@ class CarryMachine(RuleBasedStateMachine):
                     has_room_for = self.caller.prompts.capacity - len(group.prompt.token_ids)
                     budget = min(group.budget(index), has_room_for)
                     assert group.num_tokens(index) <= budget
-                    assert not member.ended_by_itself or group.num_tokens(index) == budget
+                    is_at_boundary = bool(member.boundaries) and member.boundaries[-1].end == group.num_tokens(index)
+                    assert not member.ended_by_itself or is_at_boundary or group.num_tokens(index) == budget
 
     @invariant()
     def the_pool_is_sane(self) -> None:

@@ -78,16 +78,6 @@ def test_defaults_and_what_reject_means_without_a_group() -> None:
     ]
 
 
-def test_a_boundary_hook_is_taken_with_a_warning_that_it_is_not_called() -> None:
-    class Boundary:
-        def on_boundary(self, trajectory, segment):
-            return Continue()
-
-    with pytest.warns(RuntimeWarning, match=r"hooks\[0\] \(Boundary\) has on_boundary, which .* not call yet") as found:
-        Hooks([Boundary()]).close()
-    assert found[0].filename == __file__
-
-
 def test_coroutine_functions_are_told_from_plain_ones() -> None:
     async def coroutine(one): ...
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from longtail.engine.hook_points import Verdict
 from longtail.engine.prompts import Prompt
-from longtail.engine.trajectory import KvSpan, Segment, TokenCounts, Trajectory, VersionSpan
+from longtail.engine.trajectory import Boundary, Branch, KvSpan, Segment, TokenCounts, Trajectory, VersionSpan
 from longtail.hooks import Accept, HookError, Reject
 from longtail.hooks.checks import WrongAnswer, checked_trajectory, copied_trajectory
 
@@ -45,6 +45,8 @@ OTHER_VALUES: dict[str, Any] = {
     "finish_reason": "length",
     "stop_reason": "x",
     "seed": 1,
+    "branch": Branch(of=1, at=2),
+    "boundaries": [Boundary(start=0, end=1)],
     "tokens": TokenCounts(cached=1),
 }
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, overload
 
 import msgspec
@@ -23,14 +24,15 @@ from longtail.engine.carry_config import CarryConfig
 from longtail.engine.carry_run import CarryRun
 from longtail.engine.config import SamplingConfig
 from longtail.engine.errors import InvalidInputError
-from longtail.engine.forks import Fork
-from longtail.engine.hook_points import Verdict
+from longtail.engine.forks import Fork as AskedFork
+from longtail.engine.hook_points import Append, Continue, Decision, Fork, Refused, Stop, Verdict
 from longtail.engine.prompts import Prompt
 from longtail.engine.trajectory import Group, Round, Trajectory
 
 #: Many prompts begin alike.
 COMMON = random.Random(0).choices(range(3, VOCAB_SIZE), k=32)
-SAMPLING = SamplingConfig(max_tokens=4, ignore_eos=True)
+#: A tenth of the vocabulary may end a segment.
+BOUNDARY_TOKENS = tuple(range(3, VOCAB_SIZE, 10))
 STREAM = "a stream"
 _MAX_MEMBERS = 12
 
@@ -80,7 +82,14 @@ class SlowHooks:
     def prepare(self, prompt: Prompt) -> Future[Prompt]:
         return self._ask(prompt)
 
+    decides_boundaries = True
+
+    def decide(self, trajectory: Trajectory) -> Future[Decision | Refused]:
+        assert trajectory.is_paused
+        return self._ask(trajectory)
+
     def finish_trajectory(self, trajectory: Trajectory) -> Future[Trajectory]:
+        assert trajectory.ended_by_itself
         return self._ask(trajectory)
 
     def finish_group(self, group: Group) -> Future[Verdict]:
@@ -94,6 +103,8 @@ class SlowHooks:
         value, future = self.asked.pop(index % len(self.asked))
         if isinstance(value, Prompt):
             value = prepared(value)
+        elif isinstance(value, Trajectory) and value.is_paused:
+            value = decision_on(value)
         elif isinstance(value, Trajectory):
             value = msgspec.structs.replace(value, reward=reward_of(value))
         elif isinstance(value, Group):
@@ -117,6 +128,7 @@ class Caller:
         prompts: the trainer's.
         config: policies of the rounds.
         has_iterator: it gives an iterator of the prompts to every round, not their sequence.
+        boundaries: fields of `SamplingConfig`.
 
     Attributes:
         accepted: positions of the prompts whose groups it has, with the round that they came in.
@@ -125,8 +137,16 @@ class Caller:
 
     """
 
-    def __init__(self, prompts: Prompts, config: CarryConfig, *, has_iterator: bool = False) -> None:
+    def __init__(
+        self,
+        prompts: Prompts,
+        config: CarryConfig,
+        *,
+        has_iterator: bool = False,
+        boundaries: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.prompts = prompts
+        self._sampling = SamplingConfig(max_tokens=4, ignore_eos=True, **boundaries)
         self._source: Any = iter(prompts) if has_iterator else prompts
         self._group_size = 2 if has_iterator else None
         self.config = config
@@ -134,8 +154,6 @@ class Caller:
         self.filtered: dict[int, str] = {}
         self.seen: Counter[str] = Counter()
         self.num_rounds = 0
-        #: Index of the member that a branch comes from in the end, by the branch's id.
-        self._roots: dict[str, int] = {}
 
     def attend(self, driver: StepDriver, book: CarryBook) -> None:
         """This process has this engine and these groups; what there was of an earlier one is gone."""
@@ -176,7 +194,7 @@ class Caller:
         self.is_stream = target is None
         run = CarryRun(
             self.driver, self.book, self._source, group_size=group_size, target_groups=target, over_provision=ratio,
-            sampling=SAMPLING, round_id=f"r{self.num_rounds}", num_groups=num_groups, can_fork=self.config.park,
+            sampling=self._sampling, round_id=f"r{self.num_rounds}", num_groups=num_groups, can_fork=self.config.park,
         )  # fmt: skip
         try:
             run.submit(self._items.append)
@@ -223,7 +241,7 @@ class Caller:
         run.cancel()
         self._forget_run()
 
-    def ask_fork(self, rng: random.Random) -> Fork | None:
+    def ask_fork(self, rng: random.Random) -> AskedFork | None:
         """Ask for branches of some trajectory, at some position, if that is possible now."""
         groups = list(self.book.store.carried.values())
         if self.run is None or self._finishing is not None or self._round is not None or not groups:
@@ -240,7 +258,7 @@ class Caller:
             self.seen[f"forks refused, {error.field}"] += 1
             return None
 
-    def take_fork(self, fork: Fork) -> bool:
+    def take_fork(self, fork: AskedFork) -> bool:
         """What the scheduler said to it; false if that can't be taken yet."""
         assert self.run is not None
         try:
@@ -252,8 +270,6 @@ class Caller:
             self.seen["forks too late"] += 1
             return False
         point = fork.answer.result()
-        root = self._roots.get(fork.trajectory_id, int(fork.trajectory_id.rpartition("/")[2]))
-        self._roots |= dict.fromkeys(ids, root)
         kind = "running" if point.is_live else "parked" if point.num_kv_tokens else "without KV"
         self.seen[f"forks, {kind}"] += 1
         self.seen["branches"] += len(ids)
@@ -301,7 +317,11 @@ class Caller:
 
     def _take(self, run: CarryRun) -> None:
         for trajectory in run.take(self._items.popleft()):
-            self._check_trajectory(trajectory)
+            serial = int(trajectory.trajectory_id.split("/")[1].split(".")[0])
+            store = self.book.store
+            group = store.carried.get(serial) or store.banked.get(serial)
+            if group is not None:
+                self._check_trajectory(trajectory, group.members)
 
     def _accept(self, group: Group, where: str) -> None:
         n = group.metadata["n"]
@@ -367,40 +387,90 @@ class Caller:
             self.seen["branches of branches"] += parent.branch is not None
         bound = self.config.max_staleness
         for trajectory in group.trajectories:
-            self._check_trajectory(trajectory)
+            self._check_trajectory(trajectory, group.trajectories)
             assert self.book.hooks is None or trajectory.reward == reward_of(trajectory)
             is_stale = [bound is not None and abs(version - one) > bound for one in token_versions(trajectory)]
             # A mask of the day when the round ended stays.
             assert all(not loss for loss, stale in zip(trajectory.loss_mask, is_stale, strict=True) if stale)
-            assert may_be_stale or trajectory.loss_mask == [int(not stale) for stale in is_stale]
+            mask = [source * (not stale) for source, stale in zip(trajectory.source_mask, is_stale, strict=True)]
+            assert may_be_stale or trajectory.loss_mask == mask
             assert may_be_stale or self.config.on_stale == "mask" or not any(is_stale)
 
-    def _check_trajectory(self, trajectory: Trajectory) -> None:
+    def _check_trajectory(self, trajectory: Trajectory, members: Sequence[Trajectory | None]) -> None:
         """It is what the model makes of its prompt over KV of the versions that it reports."""
         prompt = self.prompts.given[trajectory.metadata["n"]]
         assert isinstance(prompt.max_tokens, list)
         tokens, versions = trajectory.output_token_ids, token_versions(trajectory)
         sequence = [*trajectory.prompt_token_ids, *tokens]
         assert trajectory.prompt_token_ids == (prompt if self.book.hooks is None else prepared(prompt)).token_ids
-        assert trajectory.finish_reason == "length"
         has_room_for = self.prompts.capacity - len(trajectory.prompt_token_ids)
-        assert len(tokens) == min(
-            prompt.max_tokens[self._roots.get(trajectory.trajectory_id, trajectory.index)], has_room_for
-        )
-        assert trajectory.source_mask == [1] * len(tokens)
-        assert trajectory.logprobs == [-(token % 7) - 0.5 for token in tokens]
+        is_at_boundary = bool(trajectory.boundaries) and trajectory.boundaries[-1].end == len(tokens)
+        assert trajectory.finish_reason == "length" or (trajectory.finish_reason == "stop" and is_at_boundary)
+        assert len(tokens) == min(prompt.max_tokens[_root(trajectory, members)], has_room_for) or is_at_boundary
+        self._check_boundaries(trajectory)
+        assert trajectory.logprobs == [
+            -(token % 7) - 0.5 if source else 0.0 for token, source in zip(tokens, trajectory.source_mask, strict=True)
+        ]
         assert (trajectory.segments[0].start, trajectory.segments[-1].end) == (0, len(tokens))
         used = set(versions)
         for segment in trajectory.segments:
             kv = [int(span.version) for span in segment.kv_versions for _ in range(span.start, span.end)]
             used.update(kv)
+            if not trajectory.source_mask[segment.start]:
+                assert not kv
+                continue
             assert len(kv) == len(trajectory.prompt_token_ids) + segment.start
             assert len(set(versions[segment.start : segment.end])) == 1, "the weights change inside a segment"
             for index in range(segment.start, segment.end):
                 assert tokens[index] == next_token(list(zip(sequence, kv, strict=False)), versions[index])
                 kv.append(versions[index])
-        if len(used) == 1:
+        if len(used) == 1 and all(trajectory.source_mask):
             assert tokens == expected_tokens(trajectory.prompt_token_ids, len(tokens), versions[0])
+
+    def _check_boundaries(self, trajectory: Trajectory) -> None:
+        """Every segment ends at its first boundary, and what was appended has the environment for its source."""
+        start, mask = 0, [1] * len(trajectory.output_token_ids)
+        every, token_ids = self._sampling.boundary_every, self._sampling.boundary_token_ids
+
+        def is_boundary(position: int) -> bool:
+            token = trajectory.output_token_ids[position]
+            return token in token_ids or (every is not None and position + 1 - start >= every)
+
+        for boundary in trajectory.boundaries:
+            assert boundary.start == start
+            assert not any(is_boundary(position) for position in range(start, boundary.end - 1))
+            assert is_boundary(boundary.end - 1)
+            last = trajectory.output_token_ids[boundary.end - 1]
+            assert boundary.made_by == (last if last in token_ids else None)
+            start = boundary.end + boundary.num_appended
+            mask[boundary.end : start] = [0] * boundary.num_appended
+            self.seen["boundaries"] += 1
+            self.seen["appended tokens"] += boundary.num_appended
+        assert not any(is_boundary(position) for position in range(start, len(mask) - 1))
+        assert trajectory.source_mask == mask
+        self.seen["stopped at a boundary"] += trajectory.finish_reason == "stop"
+
+
+def _root(trajectory: Trajectory, members: Sequence[Trajectory | None]) -> int:
+    """Index of the member that it is a branch of, in the end."""
+    one: Trajectory | None = trajectory
+    while one is not None and one.branch is not None:
+        index = one.branch.of
+        one = members[index]
+    return index if trajectory.branch is not None else trajectory.index
+
+
+def decision_on(trajectory: Trajectory) -> Decision | Refused:
+    """What the hook decides at a boundary."""
+    rng = random.Random(str(trajectory.output_token_ids))
+    what = rng.choice(("continue",) * 5 + ("append",) * 4 + ("fork",) * 3 + ("stop", "wrong"))
+    if what == "append":
+        return Append(rng.choices(range(3, VOCAB_SIZE), k=rng.randint(1, 6)))
+    if what == "fork" and trajectory.index < 6:
+        return Fork(rng.randint(1, 2))
+    if what == "wrong" and rng.random() < 0.3:
+        return Append([VOCAB_SIZE])
+    return Stop() if what == "stop" else Continue()
 
 
 def prepared(prompt: Prompt) -> Prompt:

@@ -1,0 +1,119 @@
+"""What becomes of members of a round that are at a boundary, once the hooks have decided."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from longtail.engine.carry_forks import CarryForks
+from longtail.engine.carry_round import CarryRound
+from longtail.engine.driver import EngineDriver
+from longtail.engine.forks import Fork
+from longtail.engine.group_state import GroupState
+from longtail.engine.hook_points import Append, Decision, Refused, Stop
+from longtail.engine.hook_points import Fork as ForkHere
+from longtail.engine.rounds import MemberPlan
+from longtail.engine.trajectory_parts import ended_at, going_on
+
+if TYPE_CHECKING:
+    from longtail.engine.core_link import CoreLink
+
+
+class CarryBoundaries:
+    """See the module. In the thread of the round's caller.
+
+    Args:
+        driver: of the engine.
+        round_: whose members they are.
+        forks: of the same round.
+        wake: called from any thread when `go_on_forking` has something to do.
+
+    """
+
+    def __init__(self, driver: EngineDriver, round_: CarryRound, forks: CarryForks, wake: Callable[[], object]) -> None:
+        self._driver = driver
+        self._wake = wake
+        self._round = round_
+        self._forks = forks
+        self._limits = driver.engine.limits
+        self._postponed: deque[tuple[GroupState, MemberPlan, ForkHere]] = deque()
+        #: Forks that hooks have decided, and that the scheduler has not answered, by serial of the group.
+        self._asked: dict[int, tuple[Fork, MemberPlan]] = {}
+
+    def decide(self, group: GroupState, index: int, decision: Decision | Refused) -> list[MemberPlan]:
+        """Apply a decision; returns what to submit."""
+        plan, member = self._round.paused[group.serial, index], group.members[index]
+        assert member is not None
+        match decision:
+            case Refused(reason):
+                self._round.refuse(group, reason)
+                return []
+            case Stop():
+                return self._end(group, plan, "stop")
+            case ForkHere():
+                self._postponed.append((group, plan, decision))
+                return self.go_on_forking()
+            case Append(token_ids):
+                if wrong := [one for one in token_ids if one >= self._limits.vocab_size]:
+                    what = f"token ids below {self._limits.vocab_size}"
+                    self._round.refuse(group, f"on_boundary: appended {wrong[0]}, expected {what}")
+                    return []
+                num_tokens = len(member.output_token_ids) + len(token_ids)
+                has_room = len(group.prompt.token_ids) + num_tokens < self._limits.max_model_len
+                if num_tokens >= group.budget(index) or not has_room:
+                    return self._end(group, plan, "length")
+                return self._go_on(group, plan, token_ids)
+        return self._go_on(group, plan)
+
+    def go_on_forking(self) -> list[MemberPlan]:
+        """Take the forks that were answered, and ask for those that waited for them; returns what to submit."""
+        plans: list[MemberPlan] = []
+        for serial, (fork, plan) in list(self._asked.items()):
+            if not fork.answer.done():
+                continue
+            group = self._round.store.carried.get(serial)
+            if group is None or (serial, plan.index) not in self._round.paused:
+                self._forks.end(fork)  # it began again, or is gone
+                del self._asked[serial]
+            elif (taken := self._forks.take(fork)) is not None:
+                self._forks.end(fork)
+                del self._asked[serial]
+                plans += [*taken[1], *self._go_on(group, plan)]
+            elif not fork.answer.done():
+                fork.answer.add_done_callback(lambda _: self._wake())  # it was asked again
+        waiting, self._postponed = self._postponed, deque()
+        for group, plan, decision in waiting:
+            if (group.serial, plan.index) not in self._round.paused:
+                continue
+            asked = self._forks.ask(group.trajectory_id(plan.index), None, decision.k, None)
+            if asked is None:
+                self._postponed.append((group, plan, decision))
+            else:
+                self._asked[group.serial] = asked, plan
+                asked.answer.add_done_callback(lambda _: self._wake())
+        return plans
+
+    def close(self) -> None:
+        """The round is over: forks that were not taken are given up."""
+        for fork, _ in self._asked.values():
+            fork.give_up(self._driver)
+        self._asked.clear()
+
+    def _go_on(self, group: GroupState, plan: MemberPlan, appended: Any = ()) -> list[MemberPlan]:
+        member = group.members[plan.index]
+        assert member is not None
+        del self._round.paused[group.serial, plan.index]
+        return [self._round.go_on(group, plan, going_on(member, appended))]
+
+    def _end(self, group: GroupState, plan: MemberPlan, finish_reason: Any) -> list[MemberPlan]:
+        member, at = group.members[plan.index], plan.metadata
+        assert member is not None
+        del self._round.paused[group.serial, plan.index]
+        self._round.end_paused(group, plan.index, ended_at(member, finish_reason))
+
+        def tell(link: CoreLink) -> None:
+            link.rpc("finish_paused", round=at.round, group=at.group, index=at.index)
+
+        self._driver.call_later(tell)
+        return []
