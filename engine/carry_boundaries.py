@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from longtail.engine.carry_book import CarryBook
 from longtail.engine.carry_forks import CarryForks
 from longtail.engine.carry_round import CarryRound
 from longtail.engine.driver import EngineDriver
@@ -27,13 +27,15 @@ class CarryBoundaries:
         driver: of the engine.
         round_: whose members they are.
         forks: of the same round.
-        wake: called from any thread when `go_on_forking` has something to do.
+        book: with the hooks. Its inbox gets a `None` when `go_on_forking` has something to do.
 
     """
 
-    def __init__(self, driver: EngineDriver, round_: CarryRound, forks: CarryForks, wake: Callable[[], object]) -> None:
+    def __init__(self, driver: EngineDriver, round_: CarryRound, forks: CarryForks, book: CarryBook) -> None:
+        assert book.judging is not None
         self._driver = driver
-        self._wake = wake
+        self._judging = book.judging
+        self._inbox = book.inbox
         self._round = round_
         self._forks = forks
         self._limits = driver.engine.limits
@@ -41,8 +43,20 @@ class CarryBoundaries:
         #: Forks that hooks have decided, and that the scheduler has not answered, by serial of the group.
         self._asked: dict[int, tuple[Fork, MemberPlan]] = {}
 
-    def decide(self, group: GroupState, index: int, decision: Decision | Refused) -> list[MemberPlan]:
-        """Apply a decision; returns what to submit."""
+    def ask(self, group: GroupState, index: int) -> None:
+        """A member is at a boundary; its hooks may have been asked already."""
+        self._judging.see_boundary(group, index)
+
+    def decide(self, group: GroupState) -> list[MemberPlan]:
+        """Apply what the hooks say of members of a group, as far as it runs; returns what to submit."""
+        plans: list[MemberPlan] = []
+        if any(serial == group.serial for serial, _ in self._round.paused):
+            for index, decision in self._judging.poll_decisions(group).items():
+                if (group.serial, index) in self._round.paused:  # unless another decision has refused the group
+                    plans += self._apply(group, index, decision)
+        return plans
+
+    def _apply(self, group: GroupState, index: int, decision: Decision | Refused) -> list[MemberPlan]:
         plan, member = self._round.paused[group.serial, index], group.members[index]
         assert member is not None
         match decision:
@@ -81,7 +95,7 @@ class CarryBoundaries:
                 del self._asked[serial]
                 plans += [*taken[1], *self._go_on(group, plan)]
             elif not fork.answer.done():
-                fork.answer.add_done_callback(lambda _: self._wake())  # it was asked again
+                self._wake_when_answered(fork)  # it was asked again
         waiting, self._postponed = self._postponed, deque()
         for group, plan, decision in waiting:
             if (group.serial, plan.index) not in self._round.paused:
@@ -91,7 +105,7 @@ class CarryBoundaries:
                 self._postponed.append((group, plan, decision))
             else:
                 self._asked[group.serial] = asked, plan
-                asked.answer.add_done_callback(lambda _: self._wake())
+                self._wake_when_answered(asked)
         return plans
 
     def close(self) -> None:
@@ -116,4 +130,9 @@ class CarryBoundaries:
             link.rpc("finish_paused", round=at.round, group=at.group, index=at.index)
 
         self._driver.call_later(tell)
+        if group.serial in self._round.store.carried:
+            self._judging.see_member(group, plan.index)
         return []
+
+    def _wake_when_answered(self, fork: Fork) -> None:
+        fork.answer.add_done_callback(lambda _: self._inbox.post_to_run(None))

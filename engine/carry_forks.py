@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from longtail.engine.carry_round import CarryRound
 from longtail.engine.driver import EngineDriver
 from longtail.engine.errors import InvalidInputError
-from longtail.engine.forks import Fork, ask_scheduler, check_fork
+from longtail.engine.forks import Fork, ask_scheduler, check_fork, check_position
 from longtail.engine.group_state import GroupState
 from longtail.engine.rounds import MemberPlan, trajectory_at
 from longtail.engine.trajectory_parts import branches
@@ -63,6 +63,8 @@ class CarryForks:
             return None
         parent = group.members[index] if running is None else trajectory_at(running, point)
         assert parent is not None
+        # It may have had fewer tokens than that when it was stopped.
+        check_position(point.at, max_tokens=group.budget(index), ended=parent if running is None else None)
         ids = {one: group.trajectory_id(one) for one in fork.indices}
         members = branches(parent, point.at, ids, fork.seeds_after(group.seed_of(index)))
         fork.is_taken = True

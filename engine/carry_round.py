@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
 import msgspec
 
 from longtail.engine.carry_config import CarryConfig
-from longtail.engine.carry_stats import masked_group, mean_lengths, off_policy_share, staleness_of
+from longtail.engine.carry_stats import Tally, masked_group
 from longtail.engine.group_state import GroupState, RunPolicy
 from longtail.engine.group_store import GroupStore
 from longtail.engine.rounds import MemberPlan
@@ -29,23 +28,6 @@ from longtail.scheduler.admission import AdmissionPolicy
 from longtail.scheduler.fork_order import ForkOrder
 from longtail.scheduler.metadata import MAX_TARGET_GROUPS, RolloutMetadata
 from longtail.scheduler.staleness import GroupFate
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What happened in the round."""
-
-    carried_in: int
-    banked_in: int
-    fresh: int = 0
-    resumes: int = 0
-    parked_tokens: int = 0
-    reprefilled_tokens: int = 0
-    output_tokens: int = 0
-    scheduled_tokens: int = 0
-    preemptions: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    restarts: int = 0
 
 
 class CarryRound:
@@ -98,7 +80,7 @@ class CarryRound:
         self._max_model_len = max_model_len
         self._can_fork = can_fork
         self._has_boundaries = has_boundaries
-        self._tally = _Tally(len(store.carried), len(store.banked))
+        self._tally = Tally(len(store.carried), len(store.banked))
         self.round_no = store.begin_round()
         #: Members in the engine, by request id.
         self._running: dict[str, tuple[MemberPlan, int]] = {}
@@ -182,7 +164,8 @@ class CarryRound:
             for index in group.unfinished:
                 if self._is_spent(group, index):
                     self._end_without_budget(group, index)
-            waiting = group.paused
+            # Those of an earlier process may be at a boundary that nobody decides any more.
+            waiting = group.paused if self._has_boundaries else []
             mine = group.plans(self._policy(self._wave_id), self._name(group, self._wave_id), group.unfinished)
             self.paused |= {(group.serial, plan.index): plan for plan in mine if plan.index in waiting}
             mine = [plan for plan in mine if plan.index not in waiting]
@@ -280,11 +263,7 @@ class CarryRound:
         plan, serial = self._running.pop(request_id)
         self._leave(serial)
         whole = segment if plan.prior is None else joined(plan.prior, segment)
-        self._tally.parked_tokens += segment.tokens.parked
-        self._tally.reprefilled_tokens += segment.tokens.recomputed
-        self._tally.scheduled_tokens += segment.tokens.scheduled
-        self._tally.preemptions += segment.tokens.preemptions
-        self._tally.output_tokens += len(segment.output_token_ids)
+        self._tally.add(segment)
         if whole.is_paused:
             whole = paused_at(whole, boundary)
             self.paused[serial, plan.index] = plan
@@ -374,33 +353,7 @@ class CarryRound:
 
     def stats(self, returned: Sequence[Group]) -> CarryStats:
         """The numbers of the round when it returns these groups, which are still banked."""
-        tally, totals = self._tally, self.store
-        trajectories = [t for group in returned for t in group.trajectories]
-        staleness = staleness_of(trajectories, self.version)
-        every = [member for group in totals.groups() for member in group.members]
-        mean_accepted, mean_all = mean_lengths(trajectories, every)
-        return CarryStats(
-            version=self.version,
-            num_carried_in=tally.carried_in,
-            num_banked_in=tally.banked_in,
-            num_fresh=tally.fresh,
-            num_accepted=len(returned),
-            num_filtered=tally.reasons.total(),
-            num_banked=len(totals.banked) - len(returned),
-            num_carried=len(totals.carried),
-            num_judging=len(self._judging),
-            num_restarts=tally.restarts,
-            num_resumes=tally.resumes,
-            num_parked_tokens=tally.parked_tokens,
-            num_reprefilled_tokens=tally.reprefilled_tokens,
-            filtered_reasons=dict(tally.reasons),
-            staleness=dict(sorted(staleness.items())),
-            num_masked_tokens=self._bound.num_masked(staleness),
-            off_policy_share=off_policy_share(staleness),
-            mean_accepted_tokens=mean_accepted,
-            mean_all_tokens=mean_all,
-            length_bias=mean_accepted / mean_all if mean_accepted is not None and mean_all else None,
-        )
+        return self._tally.stats(self.store, returned, self._bound, self.version, num_judging=len(self._judging))
 
     @property
     def num_output_tokens(self) -> int:

@@ -7,7 +7,6 @@ one by one.
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -135,8 +134,8 @@ class CarryRun:
             has_boundaries=self._has_boundary_hook,
         )
         self._forks = CarryForks(self._driver, self._round)
-        wake = functools.partial(self._book.inbox.post_to_run, None)
-        self._boundaries = CarryBoundaries(self._driver, self._round, self._forks, wake)
+        if self._has_boundary_hook:
+            self._boundaries = CarryBoundaries(self._driver, self._round, self._forks, self._book)
         if self._book.judging is not None:
             self._book.judging.keep_only(self._book.store.carried.values())
         self._judge(self._round.complete())
@@ -302,8 +301,8 @@ class CarryRun:
         whole = self._round.end(output.request_id, segment, num_computed, boundary)
         if whole.was_cut:
             self._waves.note_cut(plan.metadata.round)
-        if whole.is_paused:
-            self._ask_at_boundary(self._book.store.carried[serial], plan.index)
+        if whole.is_paused and self._boundaries is not None:
+            self._boundaries.ask(self._book.store.carried[serial], plan.index)
         if not whole.ended_by_itself:
             return []
         if self._book.judging is not None and (group := self._book.store.carried.get(serial)) is not None:
@@ -319,26 +318,10 @@ class CarryRun:
         members, verdict = self._book.judging.poll(answer.key)
         for index, member in members.items():
             self._round.replace_member(serial, index, member)
-        self._decide(group)
+        if self._boundaries is not None:
+            self._submit(self._boundaries.decide(group))
         if verdict is not None:
             self._round.judge(serial, verdict.group.trajectories, verdict.rejected, verdict.group.metadata)
-
-    def _ask_at_boundary(self, group: GroupState, index: int) -> None:
-        assert self._book.judging is not None
-        self._book.judging.see_boundary(group, index)
-
-    def _decide(self, group: GroupState) -> None:
-        """Apply what the hooks say of members that are at a boundary, as far as their group runs."""
-        if not any(serial == group.serial for serial, _ in self._round.paused):
-            return
-        assert self._book.judging is not None
-        for index, decision in self._book.judging.poll_decisions(group).items():
-            if (group.serial, index) not in self._round.paused:
-                continue  # another decision has refused the group
-            assert self._boundaries is not None
-            self._submit(self._boundaries.decide(group, index, decision))
-            if (member := group.members[index]) is not None and member.ended_by_itself:
-                self._book.judging.see_member(group, index)
 
     def _judge(self, groups: Sequence[GroupState]) -> None:
         for group in groups:
@@ -400,9 +383,10 @@ class CarryRun:
             return
         self._waves.join(len(groups), self._round.begin_wave)
         self._submit(self._round.start(groups))
-        for group in groups:
-            for index in group.paused:
-                self._ask_at_boundary(group, index)
+        if self._boundaries is not None:
+            for group in groups:
+                for index in group.paused:
+                    self._boundaries.ask(group, index)
         self._judge(self._round.complete())
 
     def _submit(self, plans: Sequence[MemberPlan]) -> None:

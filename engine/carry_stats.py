@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from longtail.engine.group_state import token_spans
 from longtail.engine.trajectory import CarryStats, Group, Round, RoundStats, Trajectory
 from longtail.scheduler.staleness import StalenessBound, histogram
+
+if TYPE_CHECKING:
+    from longtail.engine.group_store import GroupStore
 
 
 def masked(trajectory: Trajectory, bound: StalenessBound, version: int) -> Trajectory:
@@ -28,6 +32,62 @@ def masked_group(group: Group, bound: StalenessBound, version: int) -> Group:
 def masked_round(round_: Round, bound: StalenessBound, version: int) -> Round:
     """A round of an earlier process, masked for the weights of today whatever the bound's action was then."""
     return msgspec.structs.replace(round_, groups=[masked_group(group, bound, version) for group in round_.groups])
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened in a round; the fields are those of `CarryStats` and `RoundStats`."""
+
+    carried_in: int
+    banked_in: int
+    fresh: int = 0
+    resumes: int = 0
+    parked_tokens: int = 0
+    reprefilled_tokens: int = 0
+    output_tokens: int = 0
+    scheduled_tokens: int = 0
+    preemptions: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    restarts: int = 0
+
+    def add(self, segment: Trajectory) -> None:
+        """A request of the round ended, with these tokens."""
+        self.parked_tokens += segment.tokens.parked
+        self.reprefilled_tokens += segment.tokens.recomputed
+        self.scheduled_tokens += segment.tokens.scheduled
+        self.preemptions += segment.tokens.preemptions
+        self.output_tokens += len(segment.output_token_ids)
+
+    def stats(
+        self, store: GroupStore, returned: Sequence[Group], bound: StalenessBound, version: int, *, num_judging: int
+    ) -> CarryStats:
+        """The numbers of the round when it returns these groups, which are still banked."""
+        trajectories = [t for group in returned for t in group.trajectories]
+        staleness = staleness_of(trajectories, version)
+        every = [member for group in store.groups() for member in group.members]
+        mean_accepted, mean_all = mean_lengths(trajectories, every)
+        return CarryStats(
+            version=version,
+            num_carried_in=self.carried_in,
+            num_banked_in=self.banked_in,
+            num_fresh=self.fresh,
+            num_accepted=len(returned),
+            num_filtered=self.reasons.total(),
+            num_banked=len(store.banked) - len(returned),
+            num_carried=len(store.carried),
+            num_judging=num_judging,
+            num_restarts=self.restarts,
+            num_resumes=self.resumes,
+            num_parked_tokens=self.parked_tokens,
+            num_reprefilled_tokens=self.reprefilled_tokens,
+            filtered_reasons=dict(self.reasons),
+            staleness=dict(sorted(staleness.items())),
+            num_masked_tokens=bound.num_masked(staleness),
+            off_policy_share=off_policy_share(staleness),
+            mean_accepted_tokens=mean_accepted,
+            mean_all_tokens=mean_all,
+            length_bias=mean_accepted / mean_all if mean_accepted is not None and mean_all else None,
+        )
 
 
 class RoundTokens(Protocol):

@@ -87,6 +87,16 @@ def check_fork(at: object, n: object, seeds: object, *, max_tokens: int, ended: 
         for place, seed in enumerate(seeds):
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
                 raise InvalidInputError(f"seeds[{place}]", f"an integer in [0, {MAX_SEED}]", seed)
+    check_position(at, max_tokens=max_tokens, ended=ended)
+
+
+def check_position(at: object, *, max_tokens: int, ended: Trajectory | None) -> None:
+    """Check where to fork; see `check_fork`.
+
+    Raises:
+        InvalidInputError: names `at`.
+
+    """
     if at is None:
         if ended is not None:
             raise InvalidInputError("at", "a position, because the trajectory does not run any more", at)

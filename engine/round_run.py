@@ -12,7 +12,7 @@ import msgspec
 from longtail.engine.config import SamplingConfig
 from longtail.engine.driver import EngineDriver
 from longtail.engine.errors import EngineDeadError, InvalidInputError
-from longtail.engine.forks import Fork, ask_scheduler, check_fork
+from longtail.engine.forks import Fork, ask_scheduler, check_fork, check_position
 from longtail.engine.resumed_text import with_whole_text
 from longtail.engine.rounds import MemberPlan, RoundCollector, RoundPlan, plan_round, segment_of, trajectory_at
 from longtail.engine.trajectory import Round, Trajectory
@@ -146,6 +146,8 @@ class RoundRun:
         member, ended = self._collector.find(fork.trajectory_id)
         if ended is None and not point.is_live:
             return None
+        # It may have had fewer tokens than that when it ended.
+        check_position(point.at, max_tokens=member.max_tokens, ended=ended)
         parent = trajectory_at(member, point) if ended is None else ended
         ids = {index: _sibling_id(fork.trajectory_id, index) for index in fork.indices}
         new = branches(parent, point.at, ids, fork.seeds_after(member.seed))

@@ -7,7 +7,7 @@ is needed: an engine that never parks and never changes its weights has vLLM's o
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from longtail.scheduler.kv_parking import KvParking, PrefixCacheGate, cannot_park
@@ -114,7 +114,7 @@ class RolloutKv:
             self._parking = KvParking(self._scheduler)
         return self._parking
 
-    def forget(self, keys: list[str]) -> None:
+    def forget(self, keys: Iterable[str]) -> None:
         """Give up what is parked under these keys."""
         if self._parking is not None:
             self._parking.forget(keys)

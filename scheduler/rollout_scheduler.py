@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,11 +31,11 @@ from vllm.v1.request import Request, RequestStatus
 from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON, BoundarySpec
 from longtail.scheduler.errors import InvalidInputError
 from longtail.scheduler.forking import Forking, cannot_fork
-from longtail.scheduler.kv_policy import KvPolicy
 from longtail.scheduler.member import Member
 from longtail.scheduler.metadata import CUT_STOP_REASON, EXTRA_ARGS_KEY, MemberReport, RolloutMetadata, metadata_of
 from longtail.scheduler.rollout_kv import RolloutKv
 from longtail.scheduler.rounds import Admission, RoundBook
+from longtail.scheduler.scheduler_rpc import SchedulerRpc
 from longtail.scheduler.stop_strings import StopStringWatch
 
 if TYPE_CHECKING:
@@ -56,19 +55,6 @@ _NATURAL_STATUS = frozenset(
 class RolloutMixin(_Base):
     """Rounds for any V1 scheduler; put it before the scheduler class in the bases."""
 
-    #: Operations of `rollout_rpc`.
-    RPC_OPS = (
-        "round",
-        "close_round",
-        "forget_round",
-        "fork",
-        "give_up_fork",
-        "finish_paused",
-        "counters",
-        "weights",
-        "unpark",
-    )
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._book = RoundBook()
@@ -78,6 +64,7 @@ class RolloutMixin(_Base):
         self._answers: list[tuple[int, EngineCoreOutput]] = []
         self._kv = RolloutKv(self)
         self._forking = Forking(self._kv, self._book)
+        self._rpc = SchedulerRpc(self)
 
     # ---- called by vLLM ------------------------------------------------------------------------------------
 
@@ -313,88 +300,17 @@ class RolloutMixin(_Base):
     # ---- called by the front end, between two steps ------------------------------------------------------------
 
     def rollout_rpc(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
-        """Answer one operation with plain msgpack types.
-
-        `round`, `close_round` (stops its live members now) and `forget_round` take `{"round": id}` and answer the
-        fields of `RoundCounts`, the first two also `num_output_tokens` of its live members, and how many requests of
-        the engine run and wait. `counters` takes nothing. `weights` says that the model has new weights: `version`
-        (int), `kv_policy` of requests that are no members, `share_prefix` (new requests may hit blocks of older
-        weights). `unpark` gives up the parked KV of `keys`. Both answer the counters. `fork` takes the fields of
-        `ForkOrder` and answers those of `ForkPoint`; `give_up_fork` takes those of `GivenUp`.
-        `finish_paused` says that a member (`round`, `group`, `index`) that was stopped at a boundary ends there.
-        What the caller did wrong comes back as `{"invalid": [field, expected, got]}`: an exception would reach
-        the caller without its type.
-        """
-        try:
-            if op not in self.RPC_OPS:
-                raise InvalidInputError("op", "one of " + ", ".join(self.RPC_OPS), op)
-            if op == "weights":
-                self._change_weights(args)
-            elif op == "unpark":
-                self._kv.forget(_string_list(args, "keys"))
-            elif op == "fork":
-                point: dict[str, Any] = msgspec.to_builtins(self._forking.fork(args))
-                return point
-            elif op == "give_up_fork":
-                self._forking.give_up(args)
-            elif op == "finish_paused":
-                self._finish_paused(args)
-            if op in ("counters", "weights", "unpark", "give_up_fork", "finish_paused"):
-                return self._counters()
-            round_id = args.get("round")
-            if not isinstance(round_id, str):
-                raise InvalidInputError("round", "a string", round_id)
-            if op == "forget_round":
-                keys = self._book.kept_keys(round_id)
-                counts = self._book.forget(round_id)
-                self._kv.forget(keys)
-                return asdict(counts)
-            if op == "close_round":
-                self._close_round(round_id)
-            return asdict(self._book.counts(round_id)) | self._now(round_id)
-        except InvalidInputError as error:
-            return {"invalid": [error.field, error.expected, error.got]}
-
-    def _now(self, round_id: str) -> dict[str, int]:
-        num_running, num_waiting = self.get_request_counts()
-        live = (self._members[request_id] for request_id in self._book.live_members(round_id))
-        return {
-            "num_output_tokens": sum(member.num_new_tokens for member in live),
-            "num_running": num_running,
-            "num_waiting": num_waiting,
-        }
-
-    def _change_weights(self, args: dict[str, Any]) -> None:
-        version = args.get("version")
-        if isinstance(version, bool) or not isinstance(version, int) or version <= self._kv.version:
-            raise InvalidInputError("version", f"an integer above {self._kv.version}", version)
-        policy = KvPolicy.parse(args.get("kv_policy", "fresh"))
-        self._kv.change_weights(version, self._members, policy, bool(args.get("share_prefix")))
-
-    def _finish_paused(self, args: dict[str, Any]) -> None:
-        round_id, group_id, index = args.get("round"), args.get("group"), args.get("index")
-        if not isinstance(round_id, str) or not isinstance(group_id, str) or not isinstance(index, int):
-            raise InvalidInputError("round, group, index", "two strings and an integer", (round_id, group_id, index))
-        self._kv.forget(self._book.finish_paused(round_id, group_id, index))
+        """Answer one operation with plain msgpack types; see `SchedulerRpc`."""
+        return self._rpc.answer(op, args)
 
     def _close_round(self, round_id: str) -> None:
+        """Stop a round's live members; their final outputs go out with the next step."""
         for request_id in self._book.close(round_id):
             member = self._drop_member(request_id)
             assert member is not None
             self._kv.park(member)
             super().finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
             self._answer(member.request, FinishReason.ABORT, CUT_STOP_REASON, member)
-
-    def _counters(self) -> dict[str, Any]:
-        num_running, num_waiting = self.get_request_counts()
-        return asdict(self._book.totals) | {
-            "live_rounds": self._book.num_live_rounds,
-            "live_members": len(self._members),
-            "running": num_running,
-            "waiting": num_waiting,
-            "free_blocks": self.kv_cache_manager.block_pool.get_num_free_blocks(),
-            **self._kv.counters(),
-        }
 
 
 def _check_request(metadata: RolloutMetadata, request: Request, kv_refusal: str | None) -> None:
@@ -430,13 +346,6 @@ def _restore(request: Request, num_prior: int) -> None:
     request.num_prompt_tokens -= num_prior
     # Of a prompt that is prefilled for the first time: this has been, and may have KV beyond it.
     request.prefill_stats = None
-
-
-def _string_list(args: dict[str, Any], name: str) -> list[str]:
-    value = args.get(name)
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise InvalidInputError(name, "a list of strings", value)
-    return list(value)
 
 
 def _attach_report(output: EngineCoreOutput, report: MemberReport) -> None:
