@@ -9,12 +9,14 @@ from longtail.engine.carry_book import CarryBook
 from longtail.engine.carry_forks import CarryForks
 from longtail.engine.carry_round import CarryRound
 from longtail.engine.driver import EngineDriver
+from longtail.engine.errors import InvalidInputError
 from longtail.engine.forks import Fork
 from longtail.engine.group_state import GroupState
 from longtail.engine.hook_points import Append, Decision, Refused, Stop
 from longtail.engine.hook_points import Fork as ForkHere
 from longtail.engine.rounds import MemberPlan
 from longtail.engine.trajectory_parts import ended_at, going_on
+from longtail.engine.waves import Waves
 
 if TYPE_CHECKING:
     from longtail.engine.core_link import CoreLink
@@ -31,11 +33,14 @@ class CarryBoundaries:
 
     """
 
-    def __init__(self, driver: EngineDriver, round_: CarryRound, forks: CarryForks, book: CarryBook) -> None:
+    def __init__(
+        self, driver: EngineDriver, round_: CarryRound, forks: CarryForks, book: CarryBook, waves: Waves
+    ) -> None:
         assert book.judging is not None
         self._driver = driver
         self._judging = book.judging
         self._inbox = book.inbox
+        self._waves = waves
         self._round = round_
         self._forks = forks
         self._limits = driver.engine.limits
@@ -84,29 +89,41 @@ class CarryBoundaries:
         """Take the forks that were answered, and ask for those that waited for them; returns what to submit."""
         plans: list[MemberPlan] = []
         for serial, (fork, plan) in list(self._asked.items()):
-            if not fork.answer.done():
-                continue
-            group = self._round.store.carried.get(serial)
-            if group is None or (serial, plan.index) not in self._round.paused:
-                self._forks.end(fork)  # it began again, or is gone
-                del self._asked[serial]
-            elif (taken := self._forks.take(fork)) is not None:
-                self._forks.end(fork)
-                del self._asked[serial]
-                plans += [*taken[1], *self._go_on(group, plan)]
-            elif not fork.answer.done():
-                self._wake_when_answered(fork)  # it was asked again
+            if fork.answer.done():
+                plans += self._take(serial, fork, plan)
         waiting, self._postponed = self._postponed, deque()
         for group, plan, decision in waiting:
             if (group.serial, plan.index) not in self._round.paused:
                 continue
-            asked = self._forks.ask(group.trajectory_id(plan.index), None, decision.k, None)
+            try:
+                asked = self._forks.ask(group.trajectory_id(plan.index), None, decision.k, None)
+            except InvalidInputError as error:
+                self._round.refuse(group, f"on_boundary: {error}")
+                continue
             if asked is None:
                 self._postponed.append((group, plan, decision))
             else:
                 self._asked[group.serial] = asked, plan
                 self._wake_when_answered(asked)
         return plans
+
+    def _take(self, serial: int, fork: Fork, plan: MemberPlan) -> list[MemberPlan]:
+        """Take a fork that was answered, unless its group began again, or is gone."""
+        group, answer = self._round.store.carried.get(serial), fork.answer
+        taken = None
+        if group is not None and (serial, plan.index) in self._round.paused:
+            try:
+                taken = self._forks.take(fork)
+            except InvalidInputError as error:
+                self._round.refuse(group, f"on_boundary: {error}")
+            else:
+                if taken is None:
+                    if fork.answer is not answer:  # the scheduler was asked again
+                        self._wake_when_answered(fork)
+                    return []
+        del self._asked[serial]
+        self._forks.end(fork)
+        return [] if group is None or taken is None else [*taken[1], *self._go_on(group, plan)]
 
     def close(self) -> None:
         """The round is over: forks that were not taken are given up."""
@@ -118,7 +135,8 @@ class CarryBoundaries:
         member = group.members[plan.index]
         assert member is not None
         del self._round.paused[group.serial, plan.index]
-        return [self._round.go_on(group, plan, going_on(member, appended))]
+        member = going_on(member, self._round.version, appended)
+        return self._round.go_on(group, plan, member, submit=self._waves.is_open)
 
     def _end(self, group: GroupState, plan: MemberPlan, finish_reason: Any) -> list[MemberPlan]:
         member, at = group.members[plan.index], plan.metadata

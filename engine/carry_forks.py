@@ -11,6 +11,7 @@ from longtail.engine.forks import Fork, ask_scheduler, check_fork, check_positio
 from longtail.engine.group_state import GroupState
 from longtail.engine.rounds import MemberPlan, trajectory_at
 from longtail.engine.trajectory_parts import branches
+from longtail.engine.waves import Waves
 from longtail.scheduler.fork_order import ForkOrder
 from longtail.scheduler.metadata import RolloutMetadata
 
@@ -18,8 +19,9 @@ from longtail.scheduler.metadata import RolloutMetadata
 class CarryForks:
     """See the module. In the thread of the round's caller, one fork at a time."""
 
-    def __init__(self, driver: EngineDriver, round_: CarryRound) -> None:
+    def __init__(self, driver: EngineDriver, round_: CarryRound, waves: Waves) -> None:
         self._driver = driver
+        self._waves = waves
         self._round = round_
 
     def ask(self, trajectory_id: str, at: int | None, n: int, seeds: Sequence[int] | None) -> Fork | None:
@@ -67,8 +69,9 @@ class CarryForks:
         check_position(point.at, max_tokens=group.budget(index), ended=parent if running is None else None)
         ids = {one: group.trajectory_id(one) for one in fork.indices}
         members = branches(parent, point.at, ids, fork.seeds_after(group.seed_of(index)))
+        plans = self._round.branch(group, parent, members, order, point.index, submit=self._waves.is_open)
         fork.is_taken = True
-        return list(ids.values()), self._round.branch(group, parent, members, order, point.index)
+        return list(ids.values()), plans
 
     def end(self, fork: Fork) -> None:
         """It was taken, or is given up."""

@@ -94,7 +94,7 @@ class CarryRound:
         self._changed = set(store.carried)
         self._num_waves = 0
         self._wave_id = round_id
-        self._wave_target = MAX_TARGET_GROUPS
+        self._wave_targets = {round_id: MAX_TARGET_GROUPS}
         for group in list(store.groups()):
             self._check_age(group)
 
@@ -151,7 +151,8 @@ class CarryRound:
         self._num_waves += 1
         self._wave_id = self.round_id if self._num_waves == 1 else f"{self.round_id}~{self._num_waves}"
         counts = self.target_groups is not None and not self._is_judged
-        self._wave_target = max(1, (self.target_groups or 0) - self.num_ready) if counts else MAX_TARGET_GROUPS
+        target = max(1, (self.target_groups or 0) - self.num_ready) if counts else MAX_TARGET_GROUPS
+        self._wave_targets[self._wave_id] = target
         return self._wave_id
 
     def start(self, groups: Sequence[GroupState]) -> list[MemberPlan]:
@@ -183,7 +184,7 @@ class CarryRound:
     def _policy(self, wave_id: str) -> RunPolicy:
         config = self._config
         return RunPolicy(
-            wave_id, self._wave_target, config.kv_policy, config.park, self._can_fork, self._has_boundaries
+            wave_id, self._wave_targets[wave_id], config.kv_policy, config.park, self._can_fork, self._has_boundaries
         )
 
     def _enter(self, serial: int, plans: Sequence[MemberPlan]) -> None:
@@ -227,12 +228,19 @@ class CarryRound:
         self._changed.add(serial)
 
     def branch(
-        self, group: GroupState, parent: Trajectory, members: Sequence[Trajectory], order: ForkOrder, first_place: int
+        self,
+        group: GroupState,
+        parent: Trajectory,
+        members: Sequence[Trajectory],
+        order: ForkOrder,
+        first_place: int,
+        *,
+        submit: bool,
     ) -> list[MemberPlan]:
         """Branches of `parent` join a group, in the scheduler's from `first_place` on if that has reserved places.
 
         Returns:
-            What to submit, if the group is in a wave.
+            What to submit, if the group is in a wave that is not over.
 
         """
         indices = range(len(group.members), len(group.members) + len(members))
@@ -242,7 +250,7 @@ class CarryRound:
             plans = [
                 group.plan(policy, index, order.group, first_place + place, end) for place, index in enumerate(indices)
             ]
-        elif (at := self.place_of(group.serial, parent.index)) is not None:
+        elif submit and (at := self.place_of(group.serial, parent.index)) is not None:
             plans = group.plans(self._policy(at.round), self._name(group, at.round), indices)
         else:
             return []
@@ -274,13 +282,15 @@ class CarryRound:
         self._changed.add(serial)
         return whole
 
-    def go_on(self, group: GroupState, plan: MemberPlan, member: Trajectory) -> MemberPlan:
-        """A member that was at a boundary goes on as `member`; returns what to submit."""
+    def go_on(self, group: GroupState, plan: MemberPlan, member: Trajectory, *, submit: bool) -> list[MemberPlan]:
+        """A member that was at a boundary goes on as `member`; returns what to submit, unless its wave is over."""
         self._put(group, plan.index, member)
+        if not submit:
+            return []
         at = plan.metadata
         again = group.plan(self._policy(at.round), plan.index, at.group, at.index, at.group_size)
         self._enter(group.serial, [again])
-        return again
+        return [again]
 
     def end_paused(self, group: GroupState, index: int, member: Trajectory) -> None:
         """A member that was at a boundary ends there as `member`."""

@@ -104,6 +104,7 @@ class CarryRun:
         self._waves = Waves()
         self._boundaries: CarryBoundaries | None = None
         self._has_ended = False
+        self._is_finishing = False
         self._ending = RLock()
         driver.claim_round(self.round_id)
         book.is_busy = True
@@ -133,9 +134,9 @@ class CarryRun:
             can_fork=self._can_fork,
             has_boundaries=self._has_boundary_hook,
         )
-        self._forks = CarryForks(self._driver, self._round)
+        self._forks = CarryForks(self._driver, self._round, self._waves)
         if self._has_boundary_hook:
-            self._boundaries = CarryBoundaries(self._driver, self._round, self._forks, self._book)
+            self._boundaries = CarryBoundaries(self._driver, self._round, self._forks, self._book, self._waves)
         if self._book.judging is not None:
             self._book.judging.keep_only(self._book.store.carried.values())
         self._judge(self._round.complete())
@@ -215,6 +216,7 @@ class CarryRun:
 
     def finish(self) -> Future[Round | None]:
         """Once it is over: the round, on the disk if there is a journal; `None` if new weights came in between."""
+        self._is_finishing = True
         return self._driver.call_later(self._finish)
 
     def received(self) -> None:
@@ -264,10 +266,12 @@ class CarryRun:
         """See `RoundRun.ask_fork`."""
         if not self._can_fork or self._recovered is not None:
             raise InvalidInputError("fork", "a round that was begun with can_fork=True", trajectory_id)
+        self._check_not_over()
         return self._forks.ask(trajectory_id, at, n, seeds)
 
     def take_fork(self, fork: Fork) -> list[str] | None:
         """See `RoundRun.take_fork`."""
+        self._check_not_over()
         taken = self._forks.take(fork)
         if taken is None:
             return None
@@ -278,9 +282,15 @@ class CarryRun:
     def end_fork(self, fork: Fork) -> None:
         """See `RoundRun.end_fork`."""
         self._forks.end(fork)
+        if self._has_ended:
+            return
         self._judge(self._round.complete())
         self._advance()
         self._deliver(None)
+
+    def _check_not_over(self) -> None:
+        if self._has_ended or self._is_finishing:
+            raise InvalidInputError("fork", "a round that is not over", self.round_id)
 
     # ---- parts -------------------------------------------------------------------------------------------------
 
@@ -424,6 +434,7 @@ class CarryRun:
                 self._end()
                 return masked_round(self._recovered, self._book.config.bound, self._driver.weight_version)
             if self._driver.weight_version != self._round.version:
+                self._is_finishing = False
                 return None
             return self._finish_round(link)
 

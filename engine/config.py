@@ -207,6 +207,8 @@ class SamplingConfig:
             for i, text in enumerate(getattr(self, name)):
                 if not isinstance(text, str) or not text:
                     raise InvalidInputError(f"sampling.{name}[{i}]", "a non-empty string", text)
+        if both := set(self.stop) & set(self.boundary_strings):
+            raise InvalidInputError("sampling.boundary_strings", "strings that `stop` does not have", sorted(both))
         for name in ("stop_token_ids", "boundary_token_ids"):
             for i, token_id in enumerate(getattr(self, name)):
                 _check_int(f"sampling.{name}[{i}]", token_id, 0)

@@ -99,9 +99,8 @@ class GroupState(msgspec.Struct, kw_only=True):
 
     def budget(self, index: int) -> int:
         """Output tokens that a member may have in all; a branch has the budget of the member that it left."""
-        branch = self._branch(index)
-        if branch is not None:
-            return self.budget(branch.of)
+        while (branch := self._branch(index)) is not None:
+            index = branch.of
         return self.sampling.max_tokens if self.prompt.max_tokens is None else self.prompt.max_tokens[index]
 
     def seed_of(self, index: int) -> int | None:

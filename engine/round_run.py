@@ -77,6 +77,7 @@ class RoundRun:
         )
         self._collector = RoundCollector(self.plan)
         self._ended = False
+        self._is_finishing = False
         driver.claim_round(self.plan.round_id)
 
     def settle(self) -> bool:
@@ -116,6 +117,7 @@ class RoundRun:
         """
         if not self.plan.can_fork:
             raise InvalidInputError("fork", "a round that was begun with can_fork=True", trajectory_id)
+        self._check_not_over()
         if self._collector.num_forking:
             return None
         member, ended = self._collector.find(trajectory_id)
@@ -130,8 +132,9 @@ class RoundRun:
             round=self.plan.round_id,
             group=member.metadata.group,
         )
+        fork = Fork(trajectory_id, indices, seeds, order, ask_scheduler(self._driver, order))
         self._collector.num_forking += 1
-        return Fork(trajectory_id, indices, seeds, order, ask_scheduler(self._driver, order))
+        return fork
 
     def take_fork(self, fork: Fork) -> list[str] | None:
         """Once it is answered: submit the branches and return their ids.
@@ -143,6 +146,7 @@ class RoundRun:
 
         """
         point = fork.answer.result()
+        self._check_not_over()
         member, ended = self._collector.find(fork.trajectory_id)
         if ended is None and not point.is_live:
             return None
@@ -161,12 +165,17 @@ class RoundRun:
         fork.give_up(self._driver)
         self._deliver(None)
 
+    def _check_not_over(self) -> None:
+        if self._ended or self._is_finishing:
+            raise InvalidInputError("fork", "a round that is not over", self.plan.round_id)
+
     def progress(self) -> Future[dict[str, Any]]:
         """Ask the scheduler for the round's numbers."""
         return self._driver.call_later(lambda link: link.rpc("round", round=self.plan.round_id))
 
     def finish(self) -> Future[Round | None]:
         """Once nothing is pending: take the scheduler's numbers and forget the round there."""
+        self._is_finishing = True
 
         def take_numbers(link: CoreLink) -> Round | None:
             if self.plan.can_fork:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from longtail.engine.carry_run import CarryRun
 from longtail.engine.driver import EngineDriver
-from longtail.engine.errors import InvalidInputError
+from longtail.engine.errors import EngineTimeoutError, InvalidInputError
 from longtail.engine.round_run import RoundProgress, RoundRun, as_progress
 from longtail.engine.trajectory import Group, Round, Trajectory
 
@@ -242,7 +242,7 @@ class AsyncRoundStream:
                     limit = self._driver.config.stall_timeout_s
                     self._round = await asyncio.wait_for(asyncio.wrap_future(self._run.finish()), limit)
                 else:
-                    self._ended.extend(self._run.take(await self._items.get()))
+                    self._ended.extend(await _next_taken(self))
             if self._ended:
                 return self._ended.popleft()
             self._run.received()
@@ -287,7 +287,7 @@ class AsyncGroupStream:
             if (group := _next_ready(self)) is not None:
                 return group
             while not self._run.settle():
-                self._run.take(await self._items.get())
+                await _next_taken(self)
                 if (group := _next_ready(self)) is not None:
                     return group
         except BaseException:
@@ -375,11 +375,12 @@ def _fork(
         ended.extend(_taken(run, stream._items.get()))
     try:
         while True:
+            answer = fork.answer
             with contextlib.suppress(InvalidInputError):  # `take_fork` knows what it means
-                stream._driver.wait(fork.answer, "the scheduler to fork")
+                stream._driver.wait(answer, "the scheduler to fork")
             if (ids := run.take_fork(fork)) is not None:
                 return ids
-            if fork.answer.done():
+            if fork.answer is answer:
                 ended.extend(_taken(run, stream._items.get()))
     finally:
         run.end_fork(fork)
@@ -395,22 +396,41 @@ async def _fork_async(
             ended.extend(_taken(run, await stream._items.get()))
         try:
             while True:
-                with contextlib.suppress(InvalidInputError):
-                    await asyncio.wait_for(asyncio.wrap_future(fork.answer), limit)
+                answer = fork.answer
+                try:
+                    await asyncio.wait_for(asyncio.wrap_future(answer), limit)
+                except InvalidInputError:
+                    pass
+                except TimeoutError:
+                    raise EngineTimeoutError("the scheduler to fork", limit) from None
                 if (ids := run.take_fork(fork)) is not None:
                     return ids
-                if fork.answer.done():
+                if fork.answer is answer:
                     ended.extend(_taken(run, await stream._items.get()))
         finally:
             run.end_fork(fork)
 
 
 def _taken(run: RoundRun | CarryRun, item: Any) -> list[Trajectory]:
-    if item is not _STOP:
-        return run.take(item)
-    assert isinstance(run, CarryRun)
-    run.stop()
+    """What an item ends; whatever it raises ends the run."""
+    try:
+        if item is not _STOP:
+            return run.take(item)
+        assert isinstance(run, CarryRun)
+        run.stop()
+    except BaseException:
+        run.cancel()
+        raise
     return []
+
+
+async def _next_taken(stream: AsyncRoundStream | AsyncGroupStream) -> list[Trajectory]:
+    """What the next item ends. A task that forks may have waited for this very item: it looks again."""
+    item = await stream._items.get()
+    ended = stream._run.take(item)
+    if item is not None and stream._forking.locked():
+        stream._items.put(None)
+    return ended
 
 
 def _next_ready(stream: GroupStream | AsyncGroupStream) -> Group | None:

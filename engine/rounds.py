@@ -273,7 +273,7 @@ class RoundCollector:
                 request_id=branch.trajectory_id,
                 metadata=msgspec.structs.replace(
                     of.metadata,
-                    index=branch.index,
+                    index=point.index + place,
                     group_size=point.index + len(branches),
                     park=branch.trajectory_id,
                     num_prior_tokens=point.at,
@@ -286,7 +286,7 @@ class RoundCollector:
                 index=branch.index,
                 prior=branch,
             )
-            for branch in branches
+            for place, branch in enumerate(branches)
         ]
         for plan in plans:
             self._members[plan.trajectory_id] = self._pending[plan.request_id] = plan
@@ -297,7 +297,7 @@ class RoundCollector:
 
         Every submitted member is in it: nothing is pending when this is called.
         """
-        assert not self.num_pending, f"{len(self._pending)} members have no final output"
+        assert not self._pending, f"{len(self._pending)} members have no final output"
         groups = [
             Group(
                 group_id=prompt.group_id,

@@ -58,7 +58,7 @@ def branches(parent: Trajectory, at: int, ids: dict[int, str], seeds: Sequence[i
         output_token_ids=parent.output_token_ids[:at],
         logprobs=parent.logprobs[:at],
         source_mask=parent.source_mask[:at],
-        loss_mask=parent.loss_mask[:at],
+        loss_mask=[],
         weight_versions=[
             VersionSpan(s.version, s.start, min(s.end, at)) for s in parent.weight_versions if s.start < at
         ],
@@ -89,13 +89,20 @@ def paused_at(trajectory: Trajectory, made_by: str | int | None) -> Trajectory:
     return msgspec.structs.replace(trajectory, boundaries=[*trajectory.boundaries, boundary])
 
 
-def going_on(trajectory: Trajectory, appended: Sequence[int] = ()) -> Trajectory:
-    """A paused trajectory that goes on like one that was cut, after tokens that the environment appended."""
+def going_on(trajectory: Trajectory, version: int, appended: Sequence[int] = ()) -> Trajectory:
+    """A paused trajectory that goes on like one that was cut, after tokens that the environment appended.
+
+    These have the `version` of the weights of now.
+    """
     cut = msgspec.structs.replace(trajectory, stop_reason=CUT_STOP_REASON)
     if not appended:
         return cut
     start, count = len(trajectory.output_token_ids), len(appended)
-    version = trajectory.weight_versions[-1]
+    versions, last_span = list(trajectory.weight_versions), trajectory.weight_versions[-1]
+    if last_span.version == str(version):
+        versions[-1] = msgspec.structs.replace(last_span, end=start + count)
+    else:
+        versions.append(VersionSpan(str(version), start, start + count))
     zeros = [0] * count
     last = msgspec.structs.replace(trajectory.boundaries[-1], num_appended=count)
     return msgspec.structs.replace(
@@ -104,7 +111,7 @@ def going_on(trajectory: Trajectory, appended: Sequence[int] = ()) -> Trajectory
         logprobs=[*trajectory.logprobs, *(0.0 for _ in appended)],
         source_mask=trajectory.source_mask + zeros,
         loss_mask=trajectory.loss_mask + zeros,
-        weight_versions=[*trajectory.weight_versions[:-1], msgspec.structs.replace(version, end=start + count)],
+        weight_versions=versions,
         segments=[*trajectory.segments, Segment(start=start, end=start + count, kv_versions=[])],
         boundaries=[*trajectory.boundaries[:-1], last],
     )

@@ -95,8 +95,6 @@ class Forking:
 
         """
         order = parse_order(args)
-        if self._kv.refusal is not None:
-            raise InvalidInputError("fork", f"a model whose KV can be shared ({self._kv.refusal})", order.of)
         member = self._live.get(order.of)
         at = order.at
         if member is not None:

@@ -110,10 +110,16 @@ class KvParking:
             # The tail first: what the pool takes back from a sequence is its end.
             self._pool.unpin_blocks(reversed(blocks), self._lose)
 
-    def hit(self, key: str, max_tokens: int) -> tuple[KVCacheBlocks, int] | None:
-        """The blocks that are parked under `key`, for at most `max_tokens` tokens; they stay parked until `forget`."""
+    def hit(self, key: str, request: Request) -> tuple[KVCacheBlocks, int] | None:
+        """The blocks that are parked under `key` for all tokens of a request but the last; they stay until `forget`.
+
+        What is parked there of another sequence is forgotten.
+        """
         parked = self.lot.get(key)
-        if parked is None or (num_tokens := self._fitting(min(parked.num_tokens, max_tokens))) <= 0:
+        if parked is not None and not parked.fits(request._all_token_ids):
+            self.forget([key])
+            return None
+        if parked is None or (num_tokens := self._fitting(min(parked.num_tokens, request.num_tokens - 1))) <= 0:
             return None
         groups = tuple(
             [self._pool.blocks[block_id] for block_id in block_ids[: -(-num_tokens // manager.block_size)]]

@@ -50,7 +50,7 @@ class RolloutKv:
             # Old weights' blocks are for new requests, if at all: this one had KV, which its policy gave up.
             hit, versions = (self._scheduler.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False), None
         key = None if member is None or request.num_preemptions else member.park
-        parked = None if key is None or self._parking is None else self._parking.hit(key, request.num_tokens - 1)
+        parked = None if key is None or self._parking is None else self._parking.hit(key, request)
         if parked is not None and parked[1] >= hit[1]:
             assert self._parking is not None
             assert key is not None
@@ -75,13 +75,6 @@ class RolloutKv:
         if member.park is not None:
             self.forget([member.park])
         member.enter_batch(start, versions, self.version, now, was_parked=key is not None)
-
-    def check(self, member: Member) -> None:
-        """Forget what is parked for an arriving member if it is of another sequence."""
-        if self._parking is not None and member.park is not None:
-            parked = self._parking.lot.get(member.park)
-            if parked is not None and not parked.fits(member.request._all_token_ids):
-                self._parking.forget([member.park])
 
     def park(self, member: Member) -> None:
         """Keep the KV of a running member that is about to be stopped, if its cut says so and there is any."""

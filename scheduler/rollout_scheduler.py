@@ -1,6 +1,6 @@
 """The adapter: vLLM's V1 scheduler plus rounds that it cuts itself.
 
-`RolloutMixin` overrides nine named methods of `vllm.v1.core.sched.scheduler.Scheduler`. Which members count, and when
+`RolloutMixin` overrides eight named methods of `vllm.v1.core.sched.scheduler.Scheduler`. Which members count, and when
 a round is cut, is `RoundBook`'s to decide; what becomes of their KV is `RolloutKv`'s. A request without rollout
 metadata takes stock vLLM's path, and an engine without any pays one empty-dict test a step.
 
@@ -94,7 +94,6 @@ class RolloutMixin(_Base):
         self._no_token_yet.add(request.request_id)
         boundary_strings = () if metadata.boundary is None else metadata.boundary.strings
         self._stop_strings.watch(request, (*metadata.stop, *boundary_strings))
-        self._kv.check(member)
         super().add_request(request)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
@@ -198,7 +197,7 @@ class RolloutMixin(_Base):
             # The last token of its budget may complete a stop string. Of a member that was not resumed the front end
             # finds it, and says so.
             text = self._stop_strings.hit(output.request_id, output.new_token_ids)
-            if text is not None:
+            if text is not None and (member.boundary is None or text not in member.boundary.strings):
                 output.finish_reason, output.stop_reason = FinishReason.STOP, text
         self._drop_member(output.request_id)
         if output.finish_reason in _NATURAL:

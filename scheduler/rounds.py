@@ -33,7 +33,8 @@ class Admission(Enum):
 class _Group:
     """`declared_size` is what its members say of it, `size` counts branches too, from `next_place` on come new ones.
 
-    `reserved` are places of branches that have not arrived, `kept` park keys of finished members that may be forked.
+    `reserved` are places of branches that have not arrived, `paused` of members that stopped at a boundary; `kept` are
+    park keys of finished members that may be forked.
     """
 
     declared_size: int
@@ -42,6 +43,7 @@ class _Group:
     live: set[int] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
     reserved: set[int] = field(default_factory=set)
+    paused: set[int] = field(default_factory=set)
     kept: list[str] = field(default_factory=list)
     num_output_tokens: int = 0
 
@@ -160,6 +162,7 @@ class RoundBook:
         self._live[metadata.round] = entry
         group.live.add(metadata.index)
         group.reserved.discard(metadata.index)
+        group.paused.discard(metadata.index)
         entry.live[request_id] = metadata
         self._round_of[request_id] = metadata.round
         return Admission.ADMIT
@@ -241,7 +244,7 @@ class RoundBook:
         """A live member stops at a boundary; its place is kept for it, whether it goes on or not."""
         round_id, entry, metadata = self._remove(request_id)
         group = entry.groups[metadata.group]
-        group.reserved.add(metadata.index)
+        group.paused.add(metadata.index)
         group.num_output_tokens += num_output_tokens
         self._settle(round_id, entry)
 
@@ -252,9 +255,9 @@ class RoundBook:
         """
         entry = self._find(round_id)
         group = None if entry is None else entry.groups.get(group_id)
-        if entry is None or group is None or entry.closed or index not in group.reserved:
+        if entry is None or group is None or entry.closed or index not in group.paused:
             return []
-        group.reserved.discard(index)
+        group.paused.discard(index)
         group.finished.add(index)
         return self._complete(round_id, entry, group)
 
@@ -361,7 +364,8 @@ class RoundBook:
 
     def _settle(self, round_id: str, entry: _Round) -> None:
         """Move a round without live members out of the hot path, and forget the oldest beyond the bound."""
-        if entry.live or round_id not in self._live:
+        # Another round of this name may have begun since.
+        if entry.live or self._live.get(round_id) is not entry:
             return
         del self._live[round_id]
         self._idle[round_id] = entry
@@ -378,7 +382,7 @@ def _check_consistent(entry: _Round, metadata: RolloutMetadata) -> None:
         )
     if (group := entry.groups.get(metadata.group)) is None:
         return
-    if metadata.index in group.reserved:
+    if metadata.index in group.reserved or metadata.index in group.paused:
         return
     if metadata.group_size != group.declared_size:
         raise InvalidInputError(

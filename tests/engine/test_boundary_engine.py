@@ -199,6 +199,13 @@ def test_what_does_not_fit_into_the_budget_ends_the_trajectory(engine: RolloutEn
         assert (trajectory.finish_reason, len(trajectory.output_token_ids)) == ("length", 16)
 
 
+def test_a_fork_that_is_too_wide_filters_the_group(engine: RolloutEngine) -> None:
+    got = rollout(engine, Decides(lambda t, b: Fork(70_000) if t.group_id == "0" else Continue()), GREEDY)
+    assert len(got.groups) == 3
+    (filtered,) = got.filtered_groups
+    assert str(filtered.rejected).startswith("on_boundary: n: expected an integer in [1, 65536]")
+
+
 def test_a_slow_decision_holds_up_nobody_else(engine: RolloutEngine) -> None:
     def slow(trajectory: Trajectory, boundary: Boundary) -> Decision:
         if trajectory.group_id == "0" and len(trajectory.boundaries) == 1:

@@ -299,6 +299,59 @@ def test_forks_of_what_is_not_there_are_refused(engine: RolloutEngine) -> None:
     list(plain)
 
 
+def test_a_fork_after_one_that_was_given_up(engine: RolloutEngine) -> None:
+    stream = begin(engine, GREEDY)
+    while (given_up := stream._run.ask_fork("r/0/0", None, 2, None)) is None:
+        pass
+    given_up.answer.result(10)
+    stream._run.end_fork(given_up)
+    ids = stream.fork("r/0/0")
+    assert ids == ["r/0/1"]
+    assert {t.finish_reason for t in by_id(stream).values()} == {"length"}
+    assert stream.round.stats.num_complete_groups == 1
+    assert engine.counters()["parked_trajectories"] == 0
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_a_fork_after_the_end_starts_nothing(engine: RolloutEngine, carry: bool) -> None:
+    arguments: dict[str, Any] = {"target_groups": 1, "over_provision": 2.0} if carry else {}
+    prompts = [Prompt(token_ids=PROMPT, max_tokens=length) for length in (200, 8, 200, 8)]
+    given: Any = iter(prompts) if carry else prompts
+    stream = engine.stream_trajectories(given, sampling=GREEDY, can_fork=True, carry=carry, **arguments)
+    list(stream)
+    before = engine.num_prompts_used
+    for trajectory_id in (f"{stream.round.round_id}/0/0", f"{stream.round.round_id}/0.0/0"):
+        with pytest.raises(InvalidInputError):
+            stream.fork(trajectory_id, at=3)
+    assert (engine.num_prompts_used, engine.num_in_flight) == (before, 0)
+    closed = begin(engine, GREEDY)
+    closed.close()
+    with pytest.raises(InvalidInputError, match="a round that is not over"):
+        closed.fork("r/0/0", at=0)
+
+
+def test_a_cancelled_fork_leaves_its_round_as_it_was(tiny_model: Path) -> None:
+    async def run() -> None:
+        async with AsyncRolloutEngine(config_of(tiny_model)) as engine:
+            stream = engine.stream_trajectories(
+                [Prompt(token_ids=PROMPT)], round_id="r", can_fork=True, sampling=GREEDY
+            )
+            for _ in range(5):
+                forking = asyncio.create_task(stream.fork("r/0/0", n=3))
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                forking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await forking
+            ids = await stream.fork("r/0/0")
+            found = {one.trajectory_id: one async for one in stream}
+            assert set(found) == {"r/0/0", *ids}
+            assert stream.round.stats.num_complete_groups == 1
+            assert (await engine.counters())["parked_trajectories"] == 0
+
+    asyncio.run(run())
+
+
 def test_forks_from_another_task(tiny_model: Path) -> None:
     async def run() -> None:
         async with AsyncRolloutEngine(config_of(tiny_model, carry=CarryConfig())) as engine:

@@ -193,3 +193,42 @@ def _known(book: RoundBook, round_id: str) -> bool:
     except InvalidInputError:
         return False
     return True
+
+
+def test_a_round_that_is_complete_by_giving_up_a_branch_leaves_the_next_of_its_name_alone() -> None:
+    book = RoundBook()
+    a0, a1 = admit(book, member("a", 0)), admit(book, member("a", 1))
+    first = book.reserve("r", "a", 1)
+    book.finish(a0, 3)
+    book.finish(a1, 3)
+    assert book.cut_ready() == []
+    book.release("r", "a", first, 1)
+    assert book.counts("r").num_complete_groups == 1
+    book.forget("r")
+    again = admit(book, member("a", 0))
+    assert book.cut_ready() == []
+    assert book.live_members("r") == [again]
+    book.finish(again, 3)
+
+
+def test_places_of_branches_are_not_used_twice() -> None:
+    book = RoundBook()
+    admit(book, member("a", 0))
+    admit(book, member("a", 1))
+    assert book.reserve("r", "a", 2) == 2
+    book.release("r", "a", 2, 2)
+    assert book.reserve("r", "a", 1) == 4
+
+
+def test_a_paused_member_keeps_its_place_and_may_end_there() -> None:
+    book = RoundBook()
+    a0, a1 = admit(book, member("a", 0)), admit(book, member("a", 1))
+    book.pause(a0, 5)
+    book.finish(a1, 7)
+    assert book.counts("r").num_complete_groups == 0
+    again = admit(book, member("a", 0))
+    book.pause(again, 2)
+    assert book.finish_paused("r", "a", 1) == []
+    book.finish_paused("r", "a", 0)
+    assert (book.counts("r").num_complete_groups, book.counts("r").num_kept_tokens) == (1, 14)
+    assert book.finish_paused("nothing", "a", 0) == []
