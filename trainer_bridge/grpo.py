@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from longtail.trainer_bridge.grpo_batch import Batch, build_batch, group_advantages
 from longtail.trainer_bridge.grpo_config import GrpoConfig
+from longtail.trainer_bridge.prefix_packing import Packing, packed_logits
 
 __all__ = [
     "Batch",
@@ -48,23 +49,40 @@ __all__ = [
 MAX_LOG_RATIO = 20.0
 
 
-def token_logprobs(model: nn.Module, batch: Batch, config: GrpoConfig) -> Tensor:
+def token_logprobs(model: nn.Module, batch: Batch, config: GrpoConfig, packing: Packing | None = None) -> Tensor:
     """Log-probabilities of the trained tokens at the sampling temperature, float32 or wider [N, L]; 0 elsewhere.
+
+    With the `packing` of the batch's rows each token that they share is forwarded once, see `prefix_packing`.
 
     `model` is causal, takes token ids [N, L] (and `attention_mask`, `position_ids` and `use_cache`, if its `forward`
     has them) and returns logits [N, L, vocabulary] or something that has them as `.logits`.
     """
+    if packing is not None:
+        return _packed_logprobs(model, batch, config, packing)
     accepted = inspect.signature(model.forward).parameters
     position_ids = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
     offered = {"attention_mask": batch.attention_mask, "position_ids": position_ids, "use_cache": False}
     output = model(batch.token_ids, **{name: value for name, value in offered.items() if name in accepted})
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     trained = batch.mask[:, 1:]
-    logits = logits[:, :-1][trained]  # [tokens, vocabulary]: nothing is computed, or flows back, for the others
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / config.sampling.temperature
-    chosen = logits.gather(1, batch.token_ids[:, 1:][trained].unsqueeze(1)).squeeze(1)
-    logprobs = chosen - logits.logsumexp(1)
+    # [tokens, vocabulary]: nothing is computed, or flows back, for the others
+    logprobs = _chosen(logits[:, :-1][trained], batch.token_ids[:, 1:][trained], config)
     return logprobs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logprobs)
+
+
+def _packed_logprobs(model: nn.Module, batch: Batch, config: GrpoConfig, packing: Packing) -> Tensor:
+    logits = packed_logits(model, packing)
+    places, row_tokens = torch.unique(packing.place[batch.mask], return_inverse=True)
+    # A token has one place before it, in whatever rows it is.
+    before = torch.empty_like(places).scatter_(0, row_tokens, packing.place.roll(1, 1)[batch.mask])
+    logprobs = _chosen(logits[before], packing.token_ids.flatten()[places], config)[row_tokens]
+    return logprobs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logprobs)
+
+
+def _chosen(logits: Tensor, token_ids: Tensor, config: GrpoConfig) -> Tensor:
+    """Log-probabilities of tokens [n] from logits [n, vocabulary]."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / config.sampling.temperature
+    return logits.gather(1, token_ids.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
 
 
 def importance_weights(old: Tensor, behaviour: Tensor, mask: Tensor, config: GrpoConfig) -> Tensor:

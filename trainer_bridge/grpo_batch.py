@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from longtail.engine.trajectory import Group, Trajectory
+from longtail.hooks.tree_advantages import tree_advantages
 from longtail.trainer_bridge.errors import InvalidInputError
 from longtail.trainer_bridge.grpo_config import GrpoConfig
 
@@ -86,7 +87,7 @@ def build_batch(
 
     Args:
         groups: `Round.complete_groups`; all members have a reward.
-        config: `divide_by_std` and `max_staleness` matter here.
+        config: `advantage`, `divide_by_std` and `max_staleness` matter here.
         version: of the weights that are trained; the age of a token is the distance to its own.
         pad_id: any token id. A causal model's outputs at real tokens do not depend on it.
         pad_left: put the padding before the prompt.
@@ -110,7 +111,10 @@ def build_batch(
                 raise InvalidInputError(f"{path}.reward", "a finite number", trajectory.reward)
             rewards.append(trajectory.reward)
             rows.append(_row(trajectory, path, config, version, dtype))
-        advantages += group_advantages(rewards, config)
+        if config.advantage == "tree":
+            advantages += tree_advantages(group, divide_by_std=config.divide_by_std)
+        else:
+            advantages += group_advantages(rewards, config)
     if not rows:
         raise InvalidInputError("groups", "at least one group", [])
     columns, paddings = zip(*rows, strict=True), (pad_id, 0, False, 0.0, -1)

@@ -18,6 +18,8 @@ class GrpoConfig:
         sampling: how the rollouts were sampled. Log-probabilities are taken at its temperature. Top-p, top-k and
             min_tokens must be off: they set probabilities to 0, so that a token that one version sampled can be
             impossible in another, and its ratio undefined.
+        advantage: `group`: compared with the group's mean. `tree`: also with the mean of every subtree that the
+            trajectory is in, for groups that branched (TreePO, arXiv 2508.17445; see `longtail.hooks.tree_advantages`).
         divide_by_std: the advantage is (reward - mean) / std of its group (GRPO, arXiv 2402.03300); without, reward -
             mean (Dr. GRPO, arXiv 2503.20783: the division favours groups that are nearly all right or all wrong).
         old: the weights that the clip is centred on. `step`: those that the step begins with (decoupled PPO: Hilton et
@@ -49,6 +51,7 @@ class GrpoConfig:
     """
 
     sampling: SamplingConfig = SamplingConfig()
+    advantage: Literal["group", "tree"] = "group"
     divide_by_std: bool = True
     old: Literal["step", "behaviour"] = "step"
     clip_low: float = 0.2
@@ -70,8 +73,9 @@ class GrpoConfig:
             if (value := getattr(self.sampling, name)) != off:
                 raise InvalidInputError(f"sampling.{name}", f"{off}: a ratio to a cut distribution is undefined", value)
         for name, choices in (
-            ("divide_by_std", (True, False)), ("old", ("step", "behaviour")), ("weight_level", ("token", "sequence")),
-            ("ratio", ("token", "sequence")), ("aggregate", ("token_mean", "sequence_mean", "fixed")),
+            ("advantage", ("group", "tree")), ("divide_by_std", (True, False)), ("old", ("step", "behaviour")),
+            ("weight_level", ("token", "sequence")), ("ratio", ("token", "sequence")),
+            ("aggregate", ("token_mean", "sequence_mean", "fixed")),
         ):  # fmt: skip
             if (value := getattr(self, name)) not in choices:
                 raise InvalidInputError(name, "one of " + ", ".join(map(str, choices)), value)
@@ -98,6 +102,8 @@ class TrainerConfig:
         num_epochs, num_minibatches: updates per step. More than one moves the policy away from where the step began,
             which is what the clip is for.
         micro_batch_tokens: a micro-batch has at most so many tokens, padding included, or one trajectory.
+        share_prefixes: forward tokens that trajectories share, their prompt or what is before a branch, once for all of
+            them in a micro-batch; see `prefix_packing` for what the model must take.
         seed: of the order of the trajectories.
 
     Raises:
@@ -114,6 +120,7 @@ class TrainerConfig:
     num_epochs: int = 1
     num_minibatches: int = 1
     micro_batch_tokens: int = 16384
+    share_prefixes: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -121,6 +128,8 @@ class TrainerConfig:
             value, low = getattr(self, name), int(name.startswith(("num", "micro")))
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
                 raise InvalidInputError(name, f"a whole number, at least {low}", value)
+        if not isinstance(self.share_prefixes, bool):
+            raise InvalidInputError("share_prefixes", "true or false", self.share_prefixes)
         for name in ("learning_rate", "eps", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if value is None and name == "max_grad_norm":

@@ -33,6 +33,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
         ess: effective sample size of the lag (Kish), as a share of the tokens: 1 on-policy.
         lag_kl: estimate of KL(behaviour || new) in nats per token.
         reference_kl: estimate of KL(new || reference) in nats per token, 0 without a reference.
+        saved_share: tokens of the trajectories that the model was not given in the updates, because another trajectory
+            of their micro-batch has the same prefix; 0 without `TrainerConfig.share_prefixes`.
         seconds: wall time.
 
     """
@@ -61,6 +63,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     ess: float
     lag_kl: float
     reference_kl: float
+    saved_share: float
     seconds: float
 
 
@@ -74,6 +77,7 @@ def step_stats(
     loss: float,
     grad_norm: float,
     learning_rate: float,
+    saved_share: float,
     seconds: float,
 ) -> StepStats:
     """Of the groups, the tensors made of them, and the sums over all updates (`None` without any)."""
@@ -113,5 +117,6 @@ def step_stats(
         ess=mean(total.lag.square() / total.lag_squared.clamp(min=1e-300)),
         lag_kl=mean(total.lag_kl),
         reference_kl=mean(total.reference_kl),
+        saved_share=saved_share,
         seconds=seconds,
     )

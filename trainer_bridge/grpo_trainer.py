@@ -28,6 +28,7 @@ from longtail.trainer_bridge.grpo import LossSums, grpo_loss, loss_coefficients,
 from longtail.trainer_bridge.grpo_batch import Batch, build_batch
 from longtail.trainer_bridge.grpo_config import GrpoConfig, TrainerConfig
 from longtail.trainer_bridge.grpo_stats import StepStats, step_stats
+from longtail.trainer_bridge.prefix_packing import Packing, check_model, pack_prefixes, shared_first
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +79,14 @@ class GrpoTrainer:
         )
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+        if self.settings.share_prefixes:
+            check_model(model)
         self.device = parameters[0].device
         self.num_steps = 0
         self.num_updates = 0
         self._parameters = parameters
+        #: Tokens of the micro-batches of the step, and how many of them the model was given.
+        self._num_row_tokens = self._num_forwarded = 0
         self._order = torch.Generator().manual_seed(self.settings.seed)
 
     def step(self, groups: Sequence[Group], version: int) -> StepStats:
@@ -97,6 +102,7 @@ class GrpoTrainer:
         sums: LossSums | None = None
         loss = grad_norm = 0.0
         updates_before = self.num_updates
+        self._num_forwarded = self._num_row_tokens = 0
         for minibatch in self._minibatches(self._with_logprobs(batch)):
             loss, grad_norm, more = self._update(minibatch)
             sums = more if sums is None else sums.plus(more)
@@ -112,6 +118,7 @@ class GrpoTrainer:
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=self.optimizer.param_groups[0]["lr"],
+            saved_share=1 - self._num_forwarded / self._num_row_tokens if self._num_row_tokens else 0.0,
             seconds=time.perf_counter() - started_s,
         )
 
@@ -165,8 +172,11 @@ class GrpoTrainer:
         for rows in self._micro_batches(batch):
             micro = batch.rows(rows)
             width = micro.mask.shape[1]
-            found[rows, :width] = token_logprobs(model, micro, self.config).to(found.dtype)
+            found[rows, :width] = token_logprobs(model, micro, self.config, self._packing(micro)).to(found.dtype)
         return found
+
+    def _packing(self, micro: Batch) -> Packing | None:
+        return pack_prefixes(micro.token_ids, micro.attention_mask) if self.settings.share_prefixes else None
 
     def _minibatches(self, batch: Batch) -> Iterator[Batch]:
         count = len(batch.mask)
@@ -180,8 +190,13 @@ class GrpoTrainer:
                     yield minibatch
 
     def _micro_batches(self, batch: Batch) -> Iterator[Tensor]:
-        """Rows with something to train, the longest first, within the budget of tokens."""
+        """Rows with something to train within the budget of tokens: the longest first, or those that share prefixes."""
         lengths = torch.where(batch.mask.any(1), batch.attention_mask.sum(1), 0).tolist()
+        if self.settings.share_prefixes:
+            trained = [row for row, length in enumerate(lengths) if length]
+            for lot in shared_first(batch.token_ids, batch.attention_mask, trained, self.settings.micro_batch_tokens):
+                yield torch.tensor(lot, device=self.device)
+            return
         rows: list[int] = []
         for row in sorted((row for row, length in enumerate(lengths) if length), key=lambda row: (-lengths[row], row)):
             if rows and lengths[rows[0]] * (len(rows) + 1) > self.settings.micro_batch_tokens:
@@ -199,7 +214,10 @@ class GrpoTrainer:
         sums: LossSums | None = None
         for rows in self._micro_batches(batch):
             micro = batch.rows(rows)
-            new = token_logprobs(self.model, micro, self.config)
+            packing = self._packing(micro)
+            self._num_forwarded += int(micro.attention_mask.sum()) if packing is None else packing.num_tokens
+            self._num_row_tokens += int(micro.attention_mask.sum())
+            new = token_logprobs(self.model, micro, self.config, packing)
             loss, more = grpo_loss(new, micro, coefficients[rows], self.config)
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach().double())

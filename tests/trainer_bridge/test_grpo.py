@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from grpo_examples import TablePolicy, make_group, make_trajectory
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from longtail.engine.config import SamplingConfig
+from longtail.engine.trajectory import Branch
+from longtail.hooks.tree_advantages import tree_advantages
 from longtail.trainer_bridge.errors import InvalidInputError
 from longtail.trainer_bridge.grpo import (
     Batch,
@@ -547,3 +550,13 @@ def test_padding_does_not_leak(llama: Any) -> None:
     )
     assert (blind[1][batch.mask[1]] - rows[1]).abs().max() < 1e-4  # the longest row has none
     assert (blind[2][batch.mask[2]] - rows[2]).abs().max() > 1e-4
+
+
+def test_tree_advantages_are_those_of_the_hooks() -> None:
+    rewards = [1.0, 0.0, 0.0]
+    members = [make_trajectory([1], [2, 3, 4 + index], reward=reward) for index, reward in enumerate(rewards)]
+    members[1] = msgspec.structs.replace(members[1], branch=Branch(of=0, at=2))
+    config = GrpoConfig(advantage="tree", divide_by_std=False)
+    batch = build_batch([make_group(members)], config, 0, dtype=torch.float64)
+    assert batch.advantages.tolist() == pytest.approx(tree_advantages(make_group(members)))
+    assert batch.advantages.tolist() == pytest.approx([(2 / 3 + 1 / 2) / 2, (-1 / 3 - 1 / 2) / 2, -1 / 3])
