@@ -22,10 +22,7 @@ over repeats with their range, and the same of CPU time (`_cpu`), all of short p
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -34,14 +31,12 @@ from statistics import fmean
 from typing import Any
 
 import bench_io
+from smollm2_workers import start_longtail, start_stock
 
-from longtail.engine import RuntimeConfig
 from longtail.engine.models import resolve_model
-from longtail.engine.runtime import pick_runtime, spawn_environment
 
 VOCAB_SIZE = 49_152
 ARMS = ("append", "cached", "uncached")
-_KV_CACHE_GIB = 1.0
 _ENGINE = {"max_num_seqs": 16, "max_model_len": 1536, "block_size": 32}
 
 
@@ -133,25 +128,13 @@ def _job(region: Region, sizes: Sizes, repeat: int) -> dict[str, Any]:
 
 
 def _start_workers(model_dir: Path) -> dict[str, bench_io.Worker]:
-    """An engine for each arm, with its core in its caller's process and longtail's run-time settings."""
-    ours = {"core": "inline", "kv_cache_gib": _KV_CACHE_GIB, "load_tokenizer": False, **_ENGINE}
-    stock = {
-        "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": int(_KV_CACHE_GIB * (1 << 30)),
-        "logprobs_mode": "processed_logprobs", "skip_tokenizer_init": True, **_ENGINE,
-    }  # fmt: skip
-    only_stock = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
-    with spawn_environment(pick_runtime(RuntimeConfig(), model_dir=model_dir)):
-        environ = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
-
-    def start(script: str, args: dict[str, Any], extra: dict[str, str]) -> bench_io.Worker:
-        command = [sys.executable, str(Path(__file__).with_name(script)), str(model_dir), json.dumps(args)]
-        return bench_io.Worker(command, environ | extra)
-
     with ThreadPoolExecutor() as pool:
         starts = {
-            "append": pool.submit(start, "longtail_interleave.py", ours, {}),
-            "cached": pool.submit(start, "stock_interleave.py", stock | {"enable_prefix_caching": True}, only_stock),
-            "uncached": pool.submit(start, "stock_interleave.py", stock | {"enable_prefix_caching": False}, only_stock),
+            "append": pool.submit(start_longtail, "longtail_interleave.py", model_dir, _ENGINE),
+            "cached": pool.submit(start_stock, "stock_interleave.py", model_dir, _ENGINE, enable_prefix_caching=True),
+            "uncached": pool.submit(
+                start_stock, "stock_interleave.py", model_dir, _ENGINE, enable_prefix_caching=False
+            ),
         }
     return {arm: one.result() for arm, one in starts.items()}
 

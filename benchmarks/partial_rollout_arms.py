@@ -8,9 +8,6 @@ prefix cache.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +16,13 @@ from pathlib import Path
 from statistics import fmean
 
 import bench_io
+from smollm2_workers import start_longtail, start_stock
 
-from longtail.engine import RuntimeConfig
-from longtail.engine.runtime import pick_runtime, spawn_environment
 from longtail.scheduler.admission import FixedOverProvision
 
 #: Every engine is of this size, which holds all that any arm has in flight.
 MAX_NUM_SEQS, BLOCK_SIZE = 64, 32
 _ENGINE = {"max_num_seqs": MAX_NUM_SEQS, "max_model_len": 1088, "block_size": BLOCK_SIZE}
-_KV_CACHE_GIB = 1.0
 
 
 @dataclass(frozen=True)
@@ -121,27 +116,11 @@ class Arm:
 
 
 def start_workers(model_dir: Path) -> list[bench_io.Worker]:
-    """A longtail engine for each KV policy, and a stock engine, each with its core in its caller's process.
-
-    longtail's run-time settings are in the environment of all: they are the best known for stock too.
-    """
-    ours = {"core": "inline", "kv_cache_gib": _KV_CACHE_GIB, "load_tokenizer": False, **_ENGINE}
-    stock = {
-        "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": int(_KV_CACHE_GIB * (1 << 30)),
-        "logprobs_mode": "processed_logprobs", "skip_tokenizer_init": True, **_ENGINE,
-    }  # fmt: skip
-    only_stock = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
-    with spawn_environment(pick_runtime(RuntimeConfig(), model_dir=model_dir)):
-        environ = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
-
-    def start(script: str, args: list[str], extra: dict[str, str]) -> bench_io.Worker:
-        command = [sys.executable, str(Path(__file__).with_name(script)), str(model_dir), *args]
-        return bench_io.Worker(command, environ | extra)
-
+    """A longtail engine for each KV policy, and a stock engine."""
     with ThreadPoolExecutor() as pool:
         starts = [
-            pool.submit(start, "longtail_partial_rounds.py", [json.dumps(ours), "fresh"], {}),
-            pool.submit(start, "longtail_partial_rounds.py", [json.dumps(ours), "stale"], {}),
-            pool.submit(start, "stock_partial_rounds.py", [json.dumps(stock)], only_stock),
+            pool.submit(start_longtail, "longtail_partial_rounds.py", model_dir, _ENGINE, "fresh"),
+            pool.submit(start_longtail, "longtail_partial_rounds.py", model_dir, _ENGINE, "stale"),
+            pool.submit(start_stock, "stock_partial_rounds.py", model_dir, _ENGINE),
         ]
     return [one.result() for one in starts]

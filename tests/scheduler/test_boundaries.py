@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import scheduler_harness
 from hypothesis import given
 from hypothesis import strategies as st
 from kv_model import KvEngine, expected_tokens
@@ -15,7 +13,6 @@ from vllm.v1.engine import EngineCoreOutput, FinishReason
 
 from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON, BoundarySpec
 from longtail.scheduler.metadata import report_of
-from longtail.scheduler.rollout_scheduler import make_scheduler
 
 PROMPT = list(range(5, 55))
 BLOCK_SIZE = 8
@@ -40,29 +37,6 @@ def test_the_first_boundary(tokens: list[int], before: int, every: int | None, i
         if token in ids or (every is not None and before + count - start >= every)
     ]
     assert found == (plain[0] if plain else None)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scheduler_harness.write_model_config(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(params=["sync", "async"])
-def make(model_dir: Path, request: pytest.FixtureRequest) -> Iterator[Make]:
-    made: list[tuple[KvEngine, int]] = []
-
-    def build(num_blocks: int = 200, **args: Any) -> KvEngine:
-        config = scheduler_harness.make_vllm_config(model_dir, block_size=BLOCK_SIZE, **args)
-        config.scheduler_config.async_scheduling = request.param == "async"
-        engine = KvEngine(make_scheduler, config, num_blocks)
-        made.append((engine, engine.num_free_blocks))
-        return engine
-
-    yield build
-    for engine, num_free in made:
-        engine.run()
-        engine.drain()
-        assert engine.num_free_blocks == num_free, "blocks leaked"
 
 
 class Member:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import scheduler_harness
 from kv_model import KvEngine, expected_tokens
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import RequestStatus
 
 from longtail.scheduler.metadata import CUT_STOP_REASON, MemberReport, report_of
-from longtail.scheduler.rollout_scheduler import make_scheduler
 
 PROMPT = list(range(5, 55))
 BLOCK_SIZE = 8
@@ -23,34 +20,18 @@ LENGTH = 40
 Make = Callable[..., KvEngine]
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scheduler_harness.write_model_config(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(params=["sync", "async"])
-def scheduling(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(params=[True, False], ids=["cache", "no cache"])
-def make(model_dir: Path, scheduling: str, request: pytest.FixtureRequest) -> Iterator[Make]:
-    made: list[tuple[KvEngine, int]] = []
+def make(make: Make, request: pytest.FixtureRequest) -> Iterator[Make]:
+    made: list[KvEngine] = []
 
-    def build(num_blocks: int = 200, **args: Any) -> KvEngine:
-        config = scheduler_harness.make_vllm_config(
-            model_dir, block_size=BLOCK_SIZE, enable_prefix_caching=request.param, **args
-        )
-        config.scheduler_config.async_scheduling = scheduling == "async"
-        engine = KvEngine(make_scheduler, config, num_blocks)
-        made.append((engine, engine.num_free_blocks))
-        return engine
+    def build(*args: Any, **config: Any) -> KvEngine:
+        made.append(make(*args, enable_prefix_caching=request.param, **config))
+        return made[-1]
 
     yield build
-    for engine, num_free in made:
+    for engine in made:
         engine.run()
         engine.drain()
-        assert engine.num_free_blocks == num_free, "blocks leaked"
         assert engine.scheduler.reset_prefix_cache()
         assert engine.scheduler.rollout_rpc("counters", {})["parked_trajectories"] == 0
 

@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-import scheduler_harness
 from kv_model import KvEngine, expected_tokens
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
 from longtail.scheduler.metadata import CUT_STOP_REASON, MemberReport, report_of
-from longtail.scheduler.rollout_scheduler import make_scheduler
 
 PROMPT = list(range(5, 55))
 BLOCK_SIZE = 8
 
 Make = Callable[..., KvEngine]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scheduler_harness.write_model_config(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(params=["sync", "async"])
-def scheduling(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def make(model_dir: Path, scheduling: str) -> Iterator[Make]:
-    made: list[tuple[KvEngine, int]] = []
-
-    def build(num_blocks: int = 200, **args: Any) -> KvEngine:
-        config = scheduler_harness.make_vllm_config(model_dir, block_size=BLOCK_SIZE, **args)
-        config.scheduler_config.async_scheduling = scheduling == "async"
-        engine = KvEngine(make_scheduler, config, num_blocks)
-        made.append((engine, engine.num_free_blocks))
-        return engine
-
-    yield build
-    for engine, num_free in made:
-        engine.run()
-        engine.drain()
-        assert engine.num_free_blocks == num_free, "blocks leaked"
 
 
 class Round:
