@@ -105,6 +105,8 @@ class CarryRun:
         self._boundaries: CarryBoundaries | None = None
         self._has_ended = False
         self._is_finishing = False
+        #: A group does not wait for a fork any more, and the item that lets it go on is on its way.
+        self._is_released = False
         self._ending = RLock()
         driver.claim_round(self.round_id)
         book.is_busy = True
@@ -153,7 +155,7 @@ class CarryRun:
         if self._recovered is not None:
             return True
         self._note_version()
-        if self._round.num_running or self._round.is_forking():
+        if self._round.num_running or self._round.is_forking() or self._is_released:
             return False
         if self._round.is_full:
             return True
@@ -167,6 +169,8 @@ class CarryRun:
 
         """
         ended: list[Trajectory] = []
+        if self._has_ended:
+            return ended
         match item:
             case Exception():
                 raise item
@@ -174,8 +178,8 @@ class CarryRun:
                 self._take_answer(item)
             case VersionChanged():
                 self._note_version()
-            case None:  # a fork goes on
-                pass
+            case None:  # a fork goes on, or is over
+                self._is_released = False
             case Prepared():
                 with self._discarding_unfit():
                     for prompts in self._fresh.take(item, self._book.store.totals.cursor):
@@ -282,10 +286,7 @@ class CarryRun:
     def end_fork(self, fork: Fork) -> None:
         """See `RoundRun.end_fork`."""
         self._forks.end(fork)
-        if self._has_ended:
-            return
-        self._judge(self._round.complete())
-        self._advance()
+        self._is_released = True
         self._deliver(None)
 
     def _check_not_over(self) -> None:

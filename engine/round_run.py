@@ -100,7 +100,7 @@ class RoundRun:
         """Turn what `deliver` got into a trajectory, or raise it."""
         if isinstance(item, Exception):
             raise item
-        if item is None:
+        if item is None or self._ended:
             return []
         member = self._collector.pending(item.request_id)
         segment = segment_of(member, item)

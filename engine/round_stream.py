@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import queue
 import time
 from collections import deque
@@ -242,18 +243,20 @@ class AsyncRoundStream:
                     limit = self._driver.config.stall_timeout_s
                     self._round = await asyncio.wait_for(asyncio.wrap_future(self._run.finish()), limit)
                 else:
-                    self._ended.extend(await _next_taken(self))
+                    self._ended.extend(await self._items.take(self._run.take))
             if self._ended:
                 return self._ended.popleft()
             self._run.received()
         except BaseException:
             self.close()
             raise
+        self._items.wake()
         raise StopAsyncIteration
 
     def close(self) -> None:
         """See `RoundStream.close`."""
         self._run.cancel()
+        self._items.wake()
 
     def __del__(self) -> None:
         if hasattr(self, "_run"):
@@ -287,13 +290,14 @@ class AsyncGroupStream:
             if (group := _next_ready(self)) is not None:
                 return group
             while not self._run.settle():
-                await _next_taken(self)
+                await self._items.take(self._run.take)
                 if (group := _next_ready(self)) is not None:
                     return group
         except BaseException:
-            self._run.cancel()
+            self._cancel()
             raise
         self._run.end()
+        self._items.wake()
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
@@ -306,10 +310,10 @@ class AsyncGroupStream:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                     while self._run.is_stopping:
-                        self._run.take(await self._items.get())
+                        await self._items.take(self._run.take)
                     self._run.end()
         finally:
-            self._run.cancel()
+            self._cancel()
 
     @property
     def filtered_reasons(self) -> dict[str, int]:
@@ -324,7 +328,11 @@ class AsyncGroupStream:
 
     def __del__(self) -> None:
         if hasattr(self, "_run"):
-            self._run.cancel()
+            self._cancel()
+
+    def _cancel(self) -> None:
+        self._run.cancel()
+        self._items.wake()
 
 
 class _Items:
@@ -348,17 +356,34 @@ class _Items:
 
 
 class _AsyncItems:
-    """Items of other threads for one event loop."""
+    """Items of other threads for the tasks of one event loop: one iterates, another may fork."""
 
     def __init__(self, driver: EngineDriver) -> None:
         self._driver = driver
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Any] = asyncio.Queue()
+        self._reading = asyncio.Lock()
+        self._num_taken = 0
 
     def put(self, item: Any) -> None:
         self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
-    async def get(self) -> Any:
+    def wake(self) -> None:
+        """Let a task look again that waits for an item: the run is over."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and so nobody waits
+            self.put(None)
+
+    async def take(self, take: Callable[[Any], list[Trajectory]]) -> list[Trajectory]:
+        """`take` the next item; nothing if another task took one meanwhile, after which to look again."""
+        before = self._num_taken
+        async with self._reading:
+            if self._num_taken != before:
+                return []
+            item = await self._get()
+            self._num_taken += 1
+            return take(item)
+
+    async def _get(self) -> Any:
         while True:
             try:
                 return await asyncio.wait_for(self._items.get(), _POLL_S)
@@ -393,7 +418,7 @@ async def _fork_async(
     limit = stream._driver.config.stall_timeout_s
     async with stream._forking:
         while (fork := run.ask_fork(trajectory_id, *args)) is None:
-            ended.extend(_taken(run, await stream._items.get()))
+            ended.extend(await stream._items.take(functools.partial(_taken, run)))
         try:
             while True:
                 answer = fork.answer
@@ -406,7 +431,7 @@ async def _fork_async(
                 if (ids := run.take_fork(fork)) is not None:
                     return ids
                 if fork.answer is answer:
-                    ended.extend(_taken(run, await stream._items.get()))
+                    ended.extend(await stream._items.take(functools.partial(_taken, run)))
         finally:
             run.end_fork(fork)
 
@@ -422,15 +447,6 @@ def _taken(run: RoundRun | CarryRun, item: Any) -> list[Trajectory]:
         run.cancel()
         raise
     return []
-
-
-async def _next_taken(stream: AsyncRoundStream | AsyncGroupStream) -> list[Trajectory]:
-    """What the next item ends. A task that forks may have waited for this very item: it looks again."""
-    item = await stream._items.get()
-    ended = stream._run.take(item)
-    if item is not None and stream._forking.locked():
-        stream._items.put(None)
-    return ended
 
 
 def _next_ready(stream: GroupStream | AsyncGroupStream) -> Group | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from longtail.engine.trajectory import Group, Trajectory
@@ -21,9 +21,12 @@ _STD_FLOOR = 1e-6
 
 
 def shared_tokens(group: Group) -> list[list[int]]:
-    """How many output tokens each two trajectories of a group share by their branches, [n][n]; with itself, all."""
-    members = group.trajectories
-    owners = [_owners(members, index) for index in range(len(members))]
+    """How many output tokens each two trajectories of a group share by their branches, [n][n]; with itself, all.
+
+    Of one that left a trajectory that is not in the group any more, nothing is known before that.
+    """
+    members = {member.index: member for member in group.trajectories}
+    owners = [_owners(members, member.index) for member in group.trajectories]
     return [[_common(mine, theirs) for theirs in owners] for mine in owners]
 
 
@@ -89,16 +92,19 @@ def whiten(advantages: Sequence[float], num_tokens: Sequence[int]) -> list[float
 
 def _subtrees(shared: Sequence[int], segment_tokens: int | None) -> list[list[int]]:
     """Members that share the path of one trajectory, by level; `shared` is its row of `shared_tokens`."""
-    deeper = sorted(set(shared) - {0}) if segment_tokens is None else range(segment_tokens, max(shared), segment_tokens)
+    # What all share is no level of its own.
+    places = sorted(set(shared) - {min(shared)})
+    deeper = places if segment_tokens is None else range(segment_tokens, max(shared), segment_tokens)
     everyone = range(len(shared))
     subtrees = ([index for index in everyone if shared[index] >= depth] for depth in deeper)
     return [list(everyone), *(subtree for subtree in subtrees if len(subtree) > 1)]
 
 
-def _owners(members: Sequence[Trajectory], index: int) -> list[tuple[int, int]]:
+def _owners(members: Mapping[int, Trajectory], index: int) -> list[tuple[int, int]]:
     """Who has the tokens of a trajectory: `(index, end)`, from the prompt on."""
     path = [(index, len(members[index].output_token_ids))]
-    while (branch := members[path[-1][0]].branch) is not None:
+    # A group may be a selection, without some of those that others left.
+    while (owner := members.get(path[-1][0])) is not None and (branch := owner.branch) is not None:
         path.append((branch.of, min(branch.at, path[-1][1])))
     return path[::-1]
 

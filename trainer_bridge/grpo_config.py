@@ -102,8 +102,8 @@ class TrainerConfig:
         num_epochs, num_minibatches: updates per step. More than one moves the policy away from where the step began,
             which is what the clip is for.
         micro_batch_tokens: a micro-batch has at most so many tokens, padding included, or one trajectory.
-        share_prefixes: forward tokens that trajectories share, their prompt or what is before a branch, once for all of
-            them in a micro-batch; see `prefix_packing` for what the model must take.
+        share_prefixes: forward tokens that trajectories of a micro-batch share, a long prompt or what is before a
+            branch, once for all of them; see `prefix_packing` for what the model must take.
         seed: of the order of the trajectories.
 
     Raises:

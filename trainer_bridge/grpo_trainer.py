@@ -81,6 +81,8 @@ class GrpoTrainer:
             group.setdefault("initial_lr", group["lr"])
         if self.settings.share_prefixes:
             check_model(model)
+            if reference is not None:
+                check_model(reference, "reference")
         self.device = parameters[0].device
         self.num_steps = 0
         self.num_updates = 0

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from longtail.trainer_bridge.errors import InvalidInputError
 
-#: Rows that have fewer tokens in common are not worth one sequence: its mask would be larger than both of theirs.
-MIN_SHARED_TOKENS = 8
+#: A row joins others if it has at least this share of its tokens in common with one of them. With less, as with a chat
+#: template before unrelated prompts, attention over the longer sequence costs more than the tokens that it saves.
+MIN_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,27 @@ class Packing:
     num_tokens: int
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, name: str = "model") -> None:
     """Check, as far as that can be seen, that a model can be given packed sequences.
 
     Raises:
-        InvalidInputError: its `forward` takes no attention mask or no positions.
+        InvalidInputError: its `forward` takes no attention mask or no positions, or it does not attend by that mask
+            alone, in all layers.
 
     """
     accepted = inspect.signature(model.forward).parameters
-    for name in ("attention_mask", "position_ids"):
-        if name not in accepted:
-            raise InvalidInputError("share_prefixes", f"a model whose forward takes `{name}`", type(model).__name__)
+    for parameter in ("attention_mask", "position_ids"):
+        if parameter not in accepted:
+            what = f"a model whose forward takes `{parameter}`, because of share_prefixes"
+            raise InvalidInputError(name, what, type(model).__name__)
+    config = getattr(model, "config", None)
+    layers = set(getattr(config, "layer_types", None) or ())
+    has_window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    if layers - {"full_attention"} or (has_window and not layers):
+        raise InvalidInputError(name, "full attention in every layer, because of share_prefixes", sorted(layers))
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, "eager", "sdpa"):
+        raise InvalidInputError(name, "eager or sdpa attention, because of share_prefixes", attention)
 
 
 def pack_prefixes(token_ids: Tensor, attention_mask: Tensor) -> Packing:
@@ -71,7 +82,7 @@ def pack_prefixes(token_ids: Tensor, attention_mask: Tensor) -> Packing:
     where: dict[int, tuple[int, list[int]]] = {}
     previous: list[int] | None = None
     for row, shared in _sorted_with_shared(rows):
-        if previous is None or shared < MIN_SHARED_TOKENS:
+        if previous is None or not _joins(shared, len(rows[row])):
             sequences.append(_Sequence())
             path: list[int] = []
         else:
@@ -100,8 +111,9 @@ def packed_logits(model: nn.Module, packing: Packing) -> Tensor:
     mask = torch.zeros(packing.allowed.shape, dtype=dtype, device=packing.allowed.device)
     mask = mask.masked_fill(~packing.allowed, torch.finfo(dtype).min).unsqueeze(1)
     offered = {"attention_mask": mask, "position_ids": packing.position_ids, "use_cache": False}
-    accepted = inspect.signature(model.forward).parameters
-    output = model(packing.token_ids, **{name: value for name, value in offered.items() if name in accepted})
+    if "use_cache" not in inspect.signature(model.forward).parameters:
+        del offered["use_cache"]
+    output = model(packing.token_ids, **offered)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits.flatten(0, 1)
 
@@ -113,7 +125,7 @@ def shared_first(token_ids: Tensor, attention_mask: Tensor, rows: Sequence[int],
     longest = current = count = 0
     for place, shared in _sorted_with_shared([tokens[row] for row in rows]):
         row, length = rows[place], len(tokens[rows[place]])
-        begins = not lot or shared < MIN_SHARED_TOKENS
+        begins = not lot or not _joins(shared, length)
         now = length if begins else current + length - shared
         if lot and max(longest, now) * (count + begins) > budget:
             yield lot
@@ -123,6 +135,10 @@ def shared_first(token_ids: Tensor, attention_mask: Tensor, rows: Sequence[int],
         longest, current = max(longest, now), now
     if lot:
         yield lot
+
+
+def _joins(shared: int, length: int) -> bool:
+    return shared > 0 and shared >= MIN_SHARE * length
 
 
 class _Sequence:

@@ -72,7 +72,7 @@ def brute_force(group: Group, segment_tokens: int | None, weights: str) -> list[
             if segment_tokens is not None:
                 if depth % segment_tokens == 0 and depth < len(path):
                     levels.append(subtree)
-            elif depth in {common_prefix(path, other) for other in tokens}:
+            elif subtree != levels[-1]:
                 levels.append(subtree)
         kept = [level for number, level in enumerate(levels) if number == 0 or len(level) > 1]
         sizes = [len(level) if weights == "size" else 1 for level in kept]
@@ -110,6 +110,20 @@ def test_a_worked_example(tree) -> None:
     assert tree_advantages(group) == pytest.approx([0.5, -0.5, 0.5, -0.5])
     group = tree([(None, 0, 8), (0, 4, 4), (None, 0, 8), (None, 0, 8)], [1.0, 0.0, 0.0, 0.0])
     assert tree_advantages(group) == pytest.approx([(0.75 + 0.5) / 2, (-0.25 - 0.5) / 2, -0.25, -0.25])
+
+
+def test_a_tree_with_one_root_has_its_group_once(tree) -> None:
+    group = tree([(None, 0, 12), (0, 4, 4), (0, 8, 4)], [1.0, 0.0, 0.0])
+    assert tree_advantages(group)[0] == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+def test_a_selection_of_a_group_knows_its_branches_by_their_index(tree) -> None:
+    group = tree([(None, 0, 12), (0, 4, 4), (1, 6, 4), (0, 8, 4)], [1.0, 0.0, 0.5, 0.0])
+    kept = [group.trajectories[3], group.trajectories[2], group.trajectories[0]]
+    selection = Group(group_id="g", trajectories=kept, complete=True)
+    # Where the branch of member 1, which is not there, left member 0 is not known.
+    assert shared_tokens(selection) == [[12, 0, 8], [0, 10, 0], [8, 0, 12]]
+    assert tree_advantages(selection) == pytest.approx([(-1 / 2 - 1 / 2) / 2, 0.0, (1 / 2 + 1 / 2) / 2])
 
 
 def test_whitening_counts_tokens() -> None:

@@ -16,7 +16,7 @@ from longtail.trainer_bridge.errors import InvalidInputError
 from longtail.trainer_bridge.grpo import GrpoConfig, build_batch, token_logprobs
 from longtail.trainer_bridge.grpo_config import TrainerConfig
 from longtail.trainer_bridge.grpo_trainer import GrpoTrainer
-from longtail.trainer_bridge.prefix_packing import pack_prefixes, shared_first
+from longtail.trainer_bridge.prefix_packing import check_model, pack_prefixes, shared_first
 
 VOCAB_SIZE = 61
 CONFIG = GrpoConfig()
@@ -97,18 +97,30 @@ def test_it_would_be_noticed(what: str) -> None:
 
 
 def test_every_different_prefix_stands_once() -> None:
-    """The number of places is that of different prefixes, where the rows of a tree share enough to be packed."""
-    for seed in range(30):
+    """The number of places is that of different prefixes, where all rows share enough to be in one sequence."""
+    num_whole = 0
+    for seed in range(60):
         (group,) = tree_groups(seed, count=1)
         batch = build_batch([group], CONFIG, 0)
         rows = [t.prompt_token_ids + t.output_token_ids for t in group.trajectories]
         prefixes = {tuple(row[: end + 1]) for row in rows for end in range(len(row))}
         packing = pack_prefixes(batch.token_ids, batch.attention_mask)
-        if len(group.trajectories[0].prompt_token_ids) >= 8:
-            assert packing.num_tokens == len(prefixes)
         assert packing.num_tokens >= len(prefixes)
+        if len(packing.token_ids) == 1:
+            assert packing.num_tokens == len(prefixes)
+            num_whole += 1
         for row, place in zip(rows, packing.place, strict=True):
             assert packing.token_ids.flatten()[place[: len(row)]].tolist() == row
+    assert num_whole > 20
+
+
+def test_rows_with_a_short_prefix_in_common_stay_apart() -> None:
+    """A chat template before unrelated prompts does not make one long sequence of them."""
+    rows = torch.randint(0, VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(0))
+    rows[:, :10] = 1
+    assert pack_prefixes(rows, torch.ones_like(rows)).token_ids.shape == (6, 40)
+    rows[:, :30] = 1
+    assert len(pack_prefixes(rows, torch.ones_like(rows)).token_ids) == 1
 
 
 @pytest.mark.parametrize("budget", [1, 40, 90, 400, 10_000])
@@ -155,3 +167,26 @@ def test_a_reference_model_is_packed_too() -> None:
 def test_a_model_that_takes_no_mask_is_refused(model: nn.Module) -> None:
     with pytest.raises(InvalidInputError, match="forward takes `attention_mask`"):
         GrpoTrainer(model, GrpoConfig(), TrainerConfig(share_prefixes=True))
+    with pytest.raises(InvalidInputError, match="reference: expected a model whose forward takes `attention_mask`"):
+        GrpoTrainer(llama(), GrpoConfig(kl_coef=0.1), TrainerConfig(share_prefixes=True), reference=model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"sliding_window": 8}, "full attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "full attention"),
+        ({"_attn_implementation_internal": "flash_attention_2"}, "eager or sdpa"),
+    ],
+)
+def test_a_model_that_attends_by_more_than_the_mask_is_refused(changes: dict[str, Any], what: str) -> None:
+    model = llama()
+    vars(model.config).update(changes)
+    with pytest.raises(InvalidInputError, match=what):
+        check_model(model)
+
+
+def test_rows_of_windows_that_are_not_used_are_taken() -> None:
+    model = llama()
+    vars(model.config).update({"sliding_window": 8, "use_sliding_window": False})
+    check_model(model)
