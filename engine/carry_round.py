@@ -263,7 +263,9 @@ class CarryRound:
         """The running member of a request with its group's serial; `None` if it was given up meanwhile."""
         return self._running.get(request_id)
 
-    def end(self, request_id: str, segment: Trajectory, num_computed: int, boundary: str | int | None) -> Trajectory:
+    def end(
+        self, request_id: str, segment: Trajectory, num_computed: int, boundary: str | int | None = None
+    ) -> Trajectory:
         """A running member got its final output, perhaps at a `boundary`; returns the whole trajectory.
 
         Its group may be complete then: see `complete`.

@@ -78,6 +78,8 @@ class Rounds:
 class AcceptAll:
     """Hooks that answer at once; a group gets metadata of theirs."""
 
+    decides_boundaries = False
+
     def prepare(self, prompt: Prompt) -> Future[Prompt]:
         return answered(prompt)
 

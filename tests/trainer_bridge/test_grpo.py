@@ -554,7 +554,8 @@ def test_padding_does_not_leak(llama: Any) -> None:
 
 def test_tree_advantages_are_those_of_the_hooks() -> None:
     rewards = [1.0, 0.0, 0.0]
-    members = [make_trajectory([1], [2, 3, 4 + index], reward=reward) for index, reward in enumerate(rewards)]
+    made = [make_trajectory([1], [2, 3, 4 + index], reward=reward) for index, reward in enumerate(rewards)]
+    members = [msgspec.structs.replace(one, index=index) for index, one in enumerate(made)]
     members[1] = msgspec.structs.replace(members[1], branch=Branch(of=0, at=2))
     config = GrpoConfig(advantage="tree", divide_by_std=False)
     batch = build_batch([make_group(members)], config, 0, dtype=torch.float64)

@@ -81,7 +81,9 @@ def test_version_is_that_of_the_distribution() -> None:
     [(options.SamplingOptions, SamplingConfig), (options.RuntimeOptions, RuntimeConfig)],
 )
 def test_every_field_of_a_configuration_is_an_option(group: type, config: type) -> None:
-    assert {field.name for field in fields(group)} == {field.name for field in fields(config)}
+    # The command line has no hooks, which boundaries are for.
+    names = {field.name for field in fields(config) if not field.name.startswith("boundary_")}
+    assert {field.name for field in fields(group)} == names
 
 
 def test_engine_options_reach_the_configuration_and_nothing_is_left_out() -> None:
