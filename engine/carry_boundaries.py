@@ -30,6 +30,7 @@ class CarryBoundaries:
         round_: whose members they are.
         forks: of the same round.
         book: with the hooks. Its inbox gets a `None` when `go_on_forking` has something to do.
+        waves: of the same round.
 
     """
 

@@ -17,7 +17,7 @@ from longtail.scheduler.metadata import RolloutMetadata
 
 
 class CarryForks:
-    """See the module. In the thread of the round's caller, one fork at a time."""
+    """See the module. In the thread of the round's caller, one fork of a group at a time."""
 
     def __init__(self, driver: EngineDriver, round_: CarryRound, waves: Waves) -> None:
         self._driver = driver

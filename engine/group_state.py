@@ -16,6 +16,7 @@ from longtail.engine.config import SamplingConfig
 from longtail.engine.prompts import TokenPrompt
 from longtail.engine.rounds import MemberPlan
 from longtail.engine.trajectory import Branch, Group, Trajectory
+from longtail.engine.trajectory_parts import num_computed_before
 from longtail.scheduler.admission import Candidate
 from longtail.scheduler.boundaries import BoundarySpec
 from longtail.scheduler.metadata import RolloutMetadata
@@ -162,12 +163,8 @@ class GroupState(msgspec.Struct, kw_only=True):
         if len(parent.output_token_ids) > self.num_tokens(parent.index):
             self.members[parent.index] = parent
             self.num_computed[parent.index] = len(self.prompt.token_ids) + len(parent.output_token_ids) - 1
-        for member in members:
-            assert member.branch is not None
-            # There is, or was, KV for all but the last token.
-            num_known = len(self.prompt.token_ids) + member.branch.at - 1
-            self.members.append(member)
-            self.num_computed.append(num_known if member.branch.at else 0)
+        self.members.extend(members)
+        self.num_computed.extend(map(num_computed_before, members))
 
     def restart(self, round_no: int) -> None:
         """Forget every token, and branches with them; it is as young as a fresh group of round `round_no`."""

@@ -178,9 +178,7 @@ class RoundRun:
         self._is_finishing = True
 
         def take_numbers(link: CoreLink) -> Round | None:
-            if self.plan.can_fork:
-                link.rpc("unpark", keys=self._collector.request_ids)
-            counts = link.rpc("forget_round", round=self.plan.round_id)
+            counts = self._forget(link)
             self._end()
             return self._collector.round(counts)
 
@@ -195,14 +193,18 @@ class RoundRun:
             link.rpc("close_round", round=self.plan.round_id)
             # Its outputs have the ids of the next round that is called the same.
             self._driver.abandon(self._collector.request_ids)
-            if self.plan.can_fork:
-                link.rpc("unpark", keys=self._collector.request_ids)
-            link.rpc("forget_round", round=self.plan.round_id)
+            self._forget(link)
 
         with contextlib.suppress(EngineDeadError):
             self._driver.call_later(stop)
         # Only now: what the next round of this id submits comes after.
         self._end()
+
+    def _forget(self, link: CoreLink) -> dict[str, Any]:
+        """Leave nothing of the round in the scheduler; returns its last numbers."""
+        if self.plan.can_fork:
+            link.rpc("unpark", keys=self._collector.request_ids)
+        return link.rpc("forget_round", round=self.plan.round_id)
 
     def _end(self) -> None:
         self._ended = True

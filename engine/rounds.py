@@ -28,7 +28,7 @@ from longtail.engine.trajectory import (
     Trajectory,
     VersionSpan,
 )
-from longtail.engine.trajectory_parts import joined, segments_of
+from longtail.engine.trajectory_parts import joined, num_computed_before, segments_of
 from longtail.scheduler.fork_order import ForkPoint
 from longtail.scheduler.metadata import (
     MAX_GROUP_SIZE,
@@ -277,7 +277,7 @@ class RoundCollector:
                     group_size=point.index + len(branches),
                     park=branch.trajectory_id,
                     num_prior_tokens=point.at,
-                    num_computed_tokens=max(0, len(of.prompt.token_ids) + point.at - 1) if point.at else 0,
+                    num_computed_tokens=num_computed_before(branch),
                     num_drawn_tokens=0,
                     stop=of.sampling.stop if point.at else (),
                 ),

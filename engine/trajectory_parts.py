@@ -82,6 +82,13 @@ def branches(parent: Trajectory, at: int, ids: dict[int, str], seeds: Sequence[i
     ]
 
 
+def num_computed_before(branch: Trajectory) -> int:
+    """For how many positions there is, or was, KV where a branch begins: all but the last, if it has any token."""
+    assert branch.branch is not None
+    at = branch.branch.at
+    return len(branch.prompt_token_ids) + at - 1 if at else 0
+
+
 def paused_at(trajectory: Trajectory, made_by: str | int | None) -> Trajectory:
     """A trajectory that was stopped at a boundary, with that boundary."""
     end = len(trajectory.output_token_ids)

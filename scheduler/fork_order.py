@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from longtail.scheduler.errors import InvalidInputError
 from longtail.scheduler.metadata import MAX_GROUP_SIZE, MAX_ID_CHARS
+
+T = TypeVar("T")
 
 
 class ForkOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,10 +77,7 @@ def parse_given_up(args: Mapping[str, Any]) -> GivenUp:
         InvalidInputError: names the field.
 
     """
-    try:
-        return msgspec.convert(dict(args), GivenUp)
-    except msgspec.ValidationError as error:
-        raise InvalidInputError("give_up_fork", str(error), args) from error
+    return _converted(args, GivenUp, "give_up_fork")
 
 
 def parse_order(args: Mapping[str, Any]) -> ForkOrder:
@@ -88,10 +87,7 @@ def parse_order(args: Mapping[str, Any]) -> ForkOrder:
         InvalidInputError: names the field.
 
     """
-    try:
-        order = msgspec.convert(dict(args), ForkOrder)
-    except msgspec.ValidationError as error:
-        raise InvalidInputError("fork", str(error), args) from error
+    order = _converted(args, ForkOrder, "fork")
     if not 1 <= len(order.keys) <= MAX_GROUP_SIZE:
         raise InvalidInputError("keys", f"1 to {MAX_GROUP_SIZE} branches", len(order.keys))
     if len(set(order.keys)) < len(order.keys) or order.of in order.keys:
@@ -105,3 +101,10 @@ def parse_order(args: Mapping[str, Any]) -> ForkOrder:
     if (order.round is None) != (order.group is None):
         raise InvalidInputError("group", "a round with it, or neither", order.group)
     return order
+
+
+def _converted(args: Mapping[str, Any], kind: type[T], name: str) -> T:
+    try:
+        return msgspec.convert(dict(args), kind)
+    except msgspec.ValidationError as error:
+        raise InvalidInputError(name, str(error), args) from error
