@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from longtail.engine.prompts import Prompt
     from longtail.engine.rollout_engine import RolloutEngine
     from longtail.engine.trajectory import CarryStats, Group, Round, RoundStats, Trajectory
+    from longtail.scheduler.tree_policy import TreeSpec
 
 _HOMES = {
     "AsyncRolloutEngine": "async_rollout_engine",
@@ -29,6 +30,7 @@ _HOMES = {
     "RuntimeConfig": "config",
     "SamplingConfig": "config",
     "Trajectory": "trajectory",
+    "TreeSpec": "config",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "RuntimeConfig",
     "SamplingConfig",
     "Trajectory",
+    "TreeSpec",
 ]
 
 

@@ -9,7 +9,8 @@ from longtail.engine.driver import EngineDriver
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.forks import Fork, ask_scheduler, check_fork, check_position
 from longtail.engine.group_state import GroupState
-from longtail.engine.rounds import MemberPlan, trajectory_at
+from longtail.engine.rounds import MemberPlan
+from longtail.engine.segments import trajectory_at
 from longtail.engine.trajectory_parts import branches
 from longtail.engine.waves import Waves
 from longtail.scheduler.fork_order import ForkOrder

@@ -24,10 +24,13 @@ from longtail.engine.group_store import GroupStore
 from longtail.engine.rounds import MemberPlan
 from longtail.engine.trajectory import CarryStats, Group, Trajectory
 from longtail.engine.trajectory_parts import joined, paused_at
+from longtail.engine.tree_members import born
 from longtail.scheduler.admission import AdmissionPolicy
 from longtail.scheduler.fork_order import ForkOrder
-from longtail.scheduler.metadata import MAX_TARGET_GROUPS, RolloutMetadata
+from longtail.scheduler.limits import MAX_TARGET_GROUPS
+from longtail.scheduler.metadata import RolloutMetadata
 from longtail.scheduler.staleness import GroupFate
+from longtail.scheduler.tree_place import BirthReport
 
 
 class CarryRound:
@@ -270,19 +273,32 @@ class CarryRound:
 
         Its group may be complete then: see `complete`.
         """
-        plan, serial = self._running.pop(request_id)
-        self._leave(serial)
+        plan, serial = self._pop(request_id)
         whole = segment if plan.prior is None else joined(plan.prior, segment)
         self._tally.add(segment)
         if whole.is_paused:
             whole = paused_at(whole, boundary)
             self.paused[serial, plan.index] = plan
-        elif not whole.ended_by_itself and not whole.was_cut:
+        elif not (whole.ended_by_itself or whole.was_cut or whole.was_dismissed):
             self.refuse(self.store.carried[serial], f"{whole.finish_reason}: {whole.stop_reason}")
             return whole
         self.store.end_member(serial, plan.index, whole, num_computed)
         self._changed.add(serial)
         return whole
+
+    def be_born(self, request_id: str, birth: BirthReport) -> MemberPlan | int:
+        """A running member turned out to be a branch of another one; returns its plan, or the other if that runs."""
+        plan, serial = self._running[request_id]
+        group = self.store.carried[serial]
+        parent = group.members[birth.parent]
+        if parent is None or any(one.index == birth.parent for one in self.running_members(serial)):
+            return birth.parent
+        self._running[request_id] = plan, serial = born(plan, birth, parent), serial
+        return plan
+
+    def end_unborn(self, request_id: str) -> None:
+        """A running member of a tree was cut before it began: it is as if it had not run."""
+        self._pop(request_id)
 
     def go_on(self, group: GroupState, plan: MemberPlan, member: Trajectory, *, submit: bool) -> list[MemberPlan]:
         """A member that was at a boundary goes on as `member`; returns what to submit, unless its wave is over."""
@@ -431,7 +447,10 @@ class CarryRound:
             self._active.pop(serial, None)
         self.abort += requests
 
-    def _leave(self, serial: int) -> None:
+    def _pop(self, request_id: str) -> tuple[MemberPlan, int]:
+        """A running member does not run any more."""
+        plan, serial = self._running.pop(request_id)
         self._active[serial] -= 1
         if not self._active[serial]:
             del self._active[serial]
+        return plan, serial

@@ -28,13 +28,16 @@ from longtail.engine.judging import HookAnswer
 from longtail.engine.prompt_source import PromptSource
 from longtail.engine.prompts import tokenize_prompts
 from longtail.engine.resumed_text import with_whole_text
-from longtail.engine.rounds import MemberPlan, check_arguments, check_count, segment_of
+from longtail.engine.rounds import MemberPlan, check_arguments, check_count
+from longtail.engine.segments import segment_of
 from longtail.engine.trajectory import Group, Round, Trajectory
+from longtail.engine.tree_members import Orphans, checked_width
 from longtail.engine.vllm_args import sampling_params
 from longtail.engine.waves import Waves
 from longtail.scheduler.admission import FixedOverProvision, OverProvision, RoundOutcome
 from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON
-from longtail.scheduler.metadata import CUT_STOP_REASON, MAX_TARGET_GROUPS, report_of
+from longtail.scheduler.limits import MAX_TARGET_GROUPS
+from longtail.scheduler.metadata import CUT_STOP_REASON, report_of
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -68,6 +71,7 @@ class CarryRun:
         can_fork: bool = False,
     ) -> None:
         engine = driver.engine
+        group_size = checked_width(group_size, sampling, can_fork=can_fork)
         self._has_boundary_hook = book.hooks is not None and book.hooks.decides_boundaries
         self.round_id = check_arguments(
             group_size, target_groups, over_provision, sampling, round_id, engine.tokenizer,
@@ -84,8 +88,9 @@ class CarryRun:
             raise InvalidInputError("stream", what, book.store.recovered.round_id)
         if book.is_busy:
             raise InvalidInputError("rollout", "one carrying round at a time", "a second")
-        if can_fork and not book.config.park:
-            raise InvalidInputError("can_fork", "CarryConfig.park with it, because branches share parked KV", can_fork)
+        for name, asked in (("can_fork", can_fork), ("sampling.tree", sampling.tree)):
+            if asked and not book.config.park:
+                raise InvalidInputError(name, "CarryConfig.park with it, because branches share parked KV", asked)
         self._driver = driver
         self._book = book
         self._can_fork = can_fork
@@ -102,6 +107,8 @@ class CarryRun:
         self._recovered = book.store.recovered
         self._started = time.monotonic()
         self._waves = Waves()
+        #: Outputs of branches whose parents run.
+        self._orphans: Orphans[RequestOutput] = Orphans()
         self._boundaries: CarryBoundaries | None = None
         self._has_ended = False
         self._is_finishing = False
@@ -304,9 +311,18 @@ class CarryRun:
         if completion.finish_reason == "abort" and completion.stop_reason not in _OUR_STOP_REASONS:
             # Nobody here asked for it, and it has no report: its group goes on from what the store has.
             raise EngineDeadError("rollout", "it aborted a member that was not cut, as when it is told to shut down")
-        segment = segment_of(plan, output)
         report = report_of(output.kv_transfer_params)
-        if plan.prior is not None and (segment.ended_by_itself or segment.is_paused):
+        if report is not None and report.is_unborn and completion.stop_reason == CUT_STOP_REASON:
+            self._round.end_unborn(output.request_id)
+            self._waves.note_cut(plan.metadata.round)
+            return []
+        if report is not None and report.birth is not None:
+            if isinstance(born := self._round.be_born(output.request_id, report.birth), int):
+                self._orphans.wait(str(serial), born, output)
+                return []
+            plan = born
+        segment = segment_of(plan, output)
+        if segment.ended_by_itself or segment.is_paused:
             segment = with_whole_text(self._driver.engine.tokenizer, plan, segment)
         num_computed, boundary = (0, None) if report is None else (report.num_computed_tokens, report.boundary)
         whole = self._round.end(output.request_id, segment, num_computed, boundary)
@@ -314,11 +330,13 @@ class CarryRun:
             self._waves.note_cut(plan.metadata.round)
         if whole.is_paused and self._boundaries is not None:
             self._boundaries.ask(self._book.store.carried[serial], plan.index)
-        if not whole.ended_by_itself:
-            return []
-        if self._book.judging is not None and (group := self._book.store.carried.get(serial)) is not None:
-            self._book.judging.see_member(group, plan.index)
-        return [masked(whole, self._book.config.bound, self._round.version)]
+        ended: list[Trajectory] = []
+        if whole.ended_by_itself:
+            if self._book.judging is not None and (group := self._book.store.carried.get(serial)) is not None:
+                self._book.judging.see_member(group, plan.index)
+            ended = [masked(whole, self._book.config.bound, self._round.version)]
+        children = self._orphans.of(str(serial), plan.index)
+        return [*ended, *(one for child in children for one in self._take_output(child))]
 
     def _take_answer(self, answer: HookAnswer) -> None:
         assert self._book.judging is not None

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from longtail.engine.carry_config import CarryConfig
 from longtail.engine.errors import InvalidInputError
+from longtail.scheduler.tree_policy import TreeSpec, tree_spec
 
 CoreMode = Literal["process", "inline"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -175,6 +176,8 @@ class SamplingConfig:
         boundary_token_ids: stop for them after one of these tokens.
         boundary_strings: stop for them after the token that completes one of these strings, such as a closing tag; not
             within the first `min_tokens`.
+        tree: grow the members of each group as a tree, whose leaves they are; `TreeSpec`, or its fields as a mapping.
+            A path has at most `depth * segment_tokens` tokens.
         seed: member `i` of group `g` of a round samples with `seed + g * group_size + i`; `None` draws from the
             engine's stream. Of rounds that carry over, `g` counts the groups of the whole run.
 
@@ -191,6 +194,7 @@ class SamplingConfig:
     boundary_every: int | None = None
     boundary_token_ids: tuple[int, ...] = ()
     boundary_strings: tuple[str, ...] = ()
+    tree: TreeSpec | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -216,6 +220,10 @@ class SamplingConfig:
             _check_int("sampling.boundary_every", self.boundary_every, 1)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidInputError("sampling.ignore_eos", "true or false", self.ignore_eos)
+        if self.tree is not None:
+            object.__setattr__(self, "tree", tree_spec(self.tree, "sampling.tree"))
+            if self.has_boundaries:
+                raise InvalidInputError("sampling.tree", "no boundaries of hooks with it", self.tree)
         if self.seed is not None:
             _check_int("sampling.seed", self.seed, 0, MAX_SEED)
 

@@ -17,7 +17,7 @@ from longtail.engine.rounds import check_count
 from longtail.engine.trajectory import Trajectory
 from longtail.engine.trajectory_parts import branch_seed
 from longtail.scheduler.fork_order import ForkOrder, ForkPoint
-from longtail.scheduler.metadata import MAX_GROUP_SIZE
+from longtail.scheduler.limits import MAX_GROUP_SIZE
 
 if TYPE_CHECKING:
     from longtail.engine.core_link import CoreLink

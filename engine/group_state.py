@@ -14,13 +14,15 @@ import msgspec
 
 from longtail.engine.config import SamplingConfig
 from longtail.engine.prompts import TokenPrompt
-from longtail.engine.rounds import MemberPlan
+from longtail.engine.rounds import MemberPlan, budget_of
 from longtail.engine.trajectory import Branch, Group, Trajectory
 from longtail.engine.trajectory_parts import num_computed_before
+from longtail.engine.tree_members import places, tree_seed
 from longtail.scheduler.admission import Candidate
 from longtail.scheduler.boundaries import BoundarySpec
 from longtail.scheduler.metadata import RolloutMetadata
 from longtail.scheduler.staleness import Span
+from longtail.scheduler.tree_place import TreePlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +87,14 @@ class GroupState(msgspec.Struct, kw_only=True):
 
     @property
     def is_complete(self) -> bool:
-        """Every member ended by itself."""
-        return all(member is not None and member.ended_by_itself for member in self.members)
+        """Every member ended by itself, but for those that a tree had no branch for."""
+        return not self.unfinished
 
     @property
     def unfinished(self) -> list[int]:
         """Indices of the members that have to go on."""
-        return [i for i, member in enumerate(self.members) if member is None or not member.ended_by_itself]
+        members = enumerate(self.members)
+        return [i for i, one in members if one is None or not (one.ended_by_itself or one.was_dismissed)]
 
     def num_tokens(self, index: int) -> int:
         """Output tokens that a member has."""
@@ -100,9 +103,9 @@ class GroupState(msgspec.Struct, kw_only=True):
 
     def budget(self, index: int) -> int:
         """Output tokens that a member may have in all; a branch has the budget of the member that it left."""
-        while (branch := self._branch(index)) is not None:
+        while self.sampling.tree is None and (branch := self._branch(index)) is not None:
             index = branch.of
-        return self.sampling.max_tokens if self.prompt.max_tokens is None else self.prompt.max_tokens[index]
+        return budget_of(self.sampling, self.prompt, index)
 
     def seed_of(self, index: int) -> int | None:
         """A member's sampling seed."""
@@ -185,9 +188,17 @@ class GroupState(msgspec.Struct, kw_only=True):
 
     def plans(self, run: RunPolicy, name: str, indices: Sequence[int]) -> list[MemberPlan]:
         """What to submit so that these members, all of which have budget left, go on as a group of the scheduler."""
-        return [self.plan(run, index, name, place, len(indices)) for place, index in enumerate(indices)]
+        tree: dict[int, TreePlace] = {}
+        if self.sampling.tree is not None:
+            seed = tree_seed(self.seed, f"{self.round_id}/{self.attempt}")
+            tree = places(self.sampling.tree, seed, self.members, self.park_keys())
+        return [
+            self.plan(run, index, name, place, len(indices), tree.get(index)) for place, index in enumerate(indices)
+        ]
 
-    def plan(self, run: RunPolicy, index: int, name: str, place: int, num_places: int) -> MemberPlan:
+    def plan(
+        self, run: RunPolicy, index: int, name: str, place: int, num_places: int, tree: TreePlace | None = None
+    ) -> MemberPlan:
         """What to submit so that a member goes on, which is at `place` of so many in the scheduler's group `name`."""
         num_tokens = self.num_tokens(index)
         return MemberPlan(
@@ -205,9 +216,10 @@ class GroupState(msgspec.Struct, kw_only=True):
                 num_prior_tokens=num_tokens,
                 num_computed_tokens=self.num_computed[index],
                 num_drawn_tokens=self.num_drawn(index) if num_tokens else None,
-                stop=self.sampling.stop if num_tokens else (),
+                stop=self.sampling.stop if num_tokens or tree is not None else (),
                 boundary=self._boundary(index) if run.has_boundaries else None,
                 can_fork=run.can_fork,
+                tree=tree,
             ),
             seed=self.seed_of(index),
             max_tokens=self.budget(index),
@@ -221,8 +233,11 @@ class GroupState(msgspec.Struct, kw_only=True):
         return Group(
             group_id=self.prompt.group_id,
             trajectories=[
-                msgspec.structs.replace(member, round_id=round_id) for member in self.members if member is not None
+                msgspec.structs.replace(member, round_id=round_id)
+                for member in self.members
+                if member is not None and not member.was_dismissed
             ],
+            num_dismissed=sum(member is not None and member.was_dismissed for member in self.members),
             complete=self.is_complete,
             metadata=self.prompt.metadata if self.metadata is None else self.metadata,
             rejected=rejected,

@@ -18,7 +18,7 @@ import msgspec
 
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.prompts import Prompt
-from longtail.scheduler.metadata import MAX_ID_CHARS
+from longtail.scheduler.limits import MAX_ID_CHARS
 
 ROLES = ("system", "user", "assistant", "tool")
 

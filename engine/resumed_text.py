@@ -7,20 +7,22 @@ neither. So the text is made again from all tokens, by vLLM's incremental detoke
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from longtail.engine.rounds import MemberPlan
 from longtail.engine.trajectory import Trajectory
 from longtail.engine.vllm_args import sampling_params
+
+if TYPE_CHECKING:
+    from longtail.engine.rounds import MemberPlan
 
 
 def with_whole_text(tokenizer: Any, plan: MemberPlan, last: Trajectory) -> Trajectory:
     """The last part of a trajectory, which ended by itself, with the text of all parts, if there is a tokenizer."""
-    if tokenizer is None or plan.prior is None:
+    if tokenizer is None or (plan.prior is None and plan.metadata.tree is None):
         return last
-    token_ids = plan.prior.output_token_ids + last.output_token_ids
+    token_ids = (plan.prior.output_token_ids if plan.prior else []) + last.output_token_ids
     is_at_end_token = last.finish_reason == "stop" and not isinstance(last.stop_reason, str)
     text = _whole_text(tokenizer, plan, token_ids, sampling_params(plan), is_at_end_token=is_at_end_token)
     return msgspec.structs.replace(last, text=text or None)

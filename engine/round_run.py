@@ -13,8 +13,9 @@ from longtail.engine.config import SamplingConfig
 from longtail.engine.driver import EngineDriver
 from longtail.engine.errors import EngineDeadError, InvalidInputError
 from longtail.engine.forks import Fork, ask_scheduler, check_fork, check_position
-from longtail.engine.resumed_text import with_whole_text
-from longtail.engine.rounds import MemberPlan, RoundCollector, RoundPlan, plan_round, segment_of, trajectory_at
+from longtail.engine.round_collector import RoundCollector
+from longtail.engine.rounds import MemberPlan, RoundPlan, plan_round
+from longtail.engine.segments import trajectory_at
 from longtail.engine.trajectory import Round, Trajectory
 from longtail.engine.trajectory_parts import branches
 from longtail.engine.vllm_args import sampling_params
@@ -75,7 +76,7 @@ class RoundRun:
             limits=driver.engine.limits,
             can_fork=can_fork,
         )
-        self._collector = RoundCollector(self.plan)
+        self._collector = RoundCollector(self.plan, driver.engine.tokenizer)
         self._ended = False
         self._is_finishing = False
         driver.claim_round(self.plan.round_id)
@@ -97,16 +98,12 @@ class RoundRun:
         self._driver.submit(requests, self._deliver)
 
     def take(self, item: RequestOutput | Exception | None) -> list[Trajectory]:
-        """Turn what `deliver` got into a trajectory, or raise it."""
+        """Turn what `deliver` got into trajectories, or raise it."""
         if isinstance(item, Exception):
             raise item
         if item is None or self._ended:
             return []
-        member = self._collector.pending(item.request_id)
-        segment = segment_of(member, item)
-        if member.prior is not None:
-            segment = with_whole_text(self._driver.engine.tokenizer, member, segment)
-        return [self._collector.add(item.request_id, segment)]
+        return self._collector.take(item)
 
     def ask_fork(self, trajectory_id: str, at: int | None, n: int, seeds: Sequence[int] | None) -> Fork | None:
         """Ask the scheduler to fork a trajectory; `None` while another fork is not taken.
@@ -202,7 +199,7 @@ class RoundRun:
 
     def _forget(self, link: CoreLink) -> dict[str, Any]:
         """Leave nothing of the round in the scheduler; returns its last numbers."""
-        if self.plan.can_fork:
+        if self.plan.parks:
             link.rpc("unpark", keys=self._collector.request_ids)
         return link.rpc("forget_round", round=self.plan.round_id)
 

@@ -1,46 +1,30 @@
-"""One round as the front end sees it: the members to submit, and the trajectories that come back.
+"""What a round submits: its arguments, checked, and its members.
 
-`RoundPlan` says what to submit; `RoundCollector` turns final outputs into trajectories, groups and the `Round`. Neither
-knows how requests reach the engine, so the library facades and the HTTP route share them.
+Nothing here knows how requests reach the engine, so the library facades and the HTTP route share it. What comes back is
+`round_collector.py`'s.
 """
 
 from __future__ import annotations
 
 import math
-import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from longtail.engine.config import MAX_SEED, SamplingConfig
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.prompts import PromptLimits, Tokenizer, TokenPrompt, tokenize_prompts
 from longtail.engine.trajectory import (
-    MODEL_TOKEN,
-    Group,
-    Round,
-    RoundStats,
-    Timings,
-    TokenCounts,
     Trajectory,
-    VersionSpan,
 )
-from longtail.engine.trajectory_parts import joined, num_computed_before, segments_of
-from longtail.scheduler.fork_order import ForkPoint
-from longtail.scheduler.metadata import (
-    MAX_GROUP_SIZE,
-    MAX_ID_CHARS,
-    MAX_TARGET_GROUPS,
-    MemberReport,
-    RolloutMetadata,
-    report_of,
-)
+from longtail.engine.tree_members import checked_width, places, tree_seed
+from longtail.scheduler.limits import MAX_GROUP_SIZE, MAX_ID_CHARS, MAX_TARGET_GROUPS
+from longtail.scheduler.metadata import RolloutMetadata
+from longtail.scheduler.tree_place import TreePlace
 
 if TYPE_CHECKING:
-    from vllm.outputs import RequestOutput
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +66,23 @@ class RoundPlan:
     sampling: SamplingConfig
     can_fork: bool = False
 
+    @property
+    def parks(self) -> bool:
+        """KV is parked under the members' request ids."""
+        return self.can_fork or self.sampling.tree is not None
+
+    def _tree(self, group_id: str, seed: int | None) -> dict[int, TreePlace]:
+        if (spec := self.sampling.tree) is None:
+            return {}
+        return places(spec, tree_seed(seed, f"{self.round_id}/{group_id}"), [None] * self.group_size, [])
+
     def members(self) -> Iterator[MemberPlan]:
         """Every member, group by group."""
         for position, prompt in enumerate(self.prompts):
             seed = prompt.seed
             if seed is None and self.sampling.seed is not None:
                 seed = self.sampling.seed + position * self.group_size
+            tree = self._tree(prompt.group_id, seed)
             for index in range(self.group_size):
                 request_id = f"{self.round_id}/{prompt.group_id}/{index}"
                 yield MemberPlan(
@@ -100,14 +95,22 @@ class RoundPlan:
                         group=prompt.group_id,
                         group_size=self.group_size,
                         index=index,
-                        park=request_id if self.can_fork else None,
+                        park=request_id if self.parks else None,
+                        stop=self.sampling.stop if tree else (),
                         can_fork=self.can_fork,
+                        tree=tree.get(index),
                     ),
                     None if seed is None else seed + index,
-                    self.sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens[index],
+                    budget_of(self.sampling, prompt, index),
                     trajectory_id=request_id,
                     index=index,
                 )
+
+
+def budget_of(sampling: SamplingConfig, prompt: TokenPrompt, index: int) -> int:
+    """Output tokens that a member of a prompt's group may have in all."""
+    budget = sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens[index]
+    return budget if sampling.tree is None else min(budget, sampling.tree.max_tokens)
 
 
 def num_groups_for(target_groups: int, over_provision: float, available: int) -> int:
@@ -137,6 +140,7 @@ def plan_round(
         InvalidInputError: names the argument.
 
     """
+    group_size = checked_width(group_size, sampling, can_fork=can_fork)
     round_id = check_arguments(group_size, target_groups, over_provision, sampling, round_id, tokenizer)
     if over_provision is not None:
         if target_groups is None:
@@ -202,216 +206,3 @@ def check_count(name: str, value: object, high: int) -> None:
     """`value` is an integer from 1 to `high`, or `InvalidInputError`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
         raise InvalidInputError(name, f"an integer in [1, {high}]", value)
-
-
-@dataclass(slots=True)
-class RoundCollector:
-    """Turns the final outputs of one round into trajectories, and those into the `Round`.
-
-    Attributes:
-        plan: the round.
-        num_forking: forks that the scheduler was asked for: their branches are pending too.
-
-    """
-
-    plan: RoundPlan
-    num_forking: int = 0
-    _members: dict[str, MemberPlan] = field(init=False)
-    _pending: dict[str, MemberPlan] = field(init=False)
-    _done: dict[str, list[Trajectory]] = field(init=False)
-    _started: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._pending = {member.request_id: member for member in self.plan.members()}
-        self._members = dict(self._pending)
-        self._done = {prompt.group_id: [] for prompt in self.plan.prompts}
-        self._started = time.monotonic()
-
-    @property
-    def num_pending(self) -> int:
-        """Members without a final output."""
-        return len(self._pending) + self.num_forking
-
-    @property
-    def request_ids(self) -> list[str]:
-        """Of all members, which are their trajectories' ids too."""
-        return list(self._members)
-
-    def pending(self, request_id: str) -> MemberPlan:
-        """A member without a final output."""
-        return self._pending[request_id]
-
-    def add(self, request_id: str, segment: Trajectory) -> Trajectory:
-        """Take what a member's request sampled; returns the whole trajectory."""
-        member = self._pending.pop(request_id)
-        trajectory = segment if member.prior is None else joined(member.prior, segment)
-        self._done[trajectory.group_id].append(trajectory)
-        return trajectory
-
-    def find(self, trajectory_id: str) -> tuple[MemberPlan, Trajectory | None]:
-        """A trajectory of the round: its plan, and what it became if it ended.
-
-        Raises:
-            InvalidInputError: there is none with this id.
-
-        """
-        member = self._members.get(trajectory_id)
-        if member is None:
-            raise InvalidInputError("trajectory_id", f"a trajectory of round {self.plan.round_id!r}", trajectory_id)
-        done = (one for one in self._done[member.prompt.group_id] if one.trajectory_id == trajectory_id)
-        return member, next(done, None)
-
-    def num_members(self, group_id: str) -> int:
-        """Trajectories of a group, branches included."""
-        return sum(member.prompt.group_id == group_id for member in self._members.values())
-
-    def expect(self, branches: Sequence[Trajectory], of: MemberPlan, point: ForkPoint) -> list[MemberPlan]:
-        """Branches of a member join the round; returns them as members to submit."""
-        plans = [
-            replace(
-                of,
-                request_id=branch.trajectory_id,
-                metadata=msgspec.structs.replace(
-                    of.metadata,
-                    index=point.index + place,
-                    group_size=point.index + len(branches),
-                    park=branch.trajectory_id,
-                    num_prior_tokens=point.at,
-                    num_computed_tokens=num_computed_before(branch),
-                    num_drawn_tokens=0,
-                    stop=of.sampling.stop if point.at else (),
-                ),
-                seed=branch.seed,
-                trajectory_id=branch.trajectory_id,
-                index=branch.index,
-                prior=branch,
-            )
-            for place, branch in enumerate(branches)
-        ]
-        for plan in plans:
-            self._members[plan.trajectory_id] = self._pending[plan.request_id] = plan
-        return plans
-
-    def round(self, counts: dict[str, Any]) -> Round:
-        """The whole round; `counts` are the scheduler's (`RoundCounts` as a dict).
-
-        Every submitted member is in it: nothing is pending when this is called.
-        """
-        assert not self._pending, f"{len(self._pending)} members have no final output"
-        groups = [
-            Group(
-                group_id=prompt.group_id,
-                trajectories=sorted(self._done[prompt.group_id], key=lambda trajectory: trajectory.index),
-                complete=all(t.ended_by_itself for t in self._done[prompt.group_id]),
-                metadata=prompt.metadata,
-            )
-            for prompt in self.plan.prompts
-        ]
-        return Round(
-            round_id=self.plan.round_id,
-            target_groups=self.plan.target_groups,
-            groups=groups,
-            stats=_stats(groups, counts, time.monotonic() - self._started),
-        )
-
-
-def _stats(groups: list[Group], counts: dict[str, Any], seconds: float) -> RoundStats:
-    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    num_complete = sum(group.complete for group in groups)
-    num_cut = sum(any(trajectory.was_cut for trajectory in group.trajectories) for group in groups)
-    return RoundStats(
-        num_submitted_groups=len(groups),
-        num_complete_groups=num_complete,
-        num_cut_groups=num_cut,
-        num_failed_groups=len(groups) - num_complete - num_cut,
-        num_cut_members=sum(trajectory.was_cut for trajectory in trajectories),
-        num_output_tokens=sum(trajectory.num_own_tokens for trajectory in trajectories),
-        num_kept_tokens=sum(t.num_own_tokens for group in groups if group.complete for t in group.trajectories),
-        num_scheduled_tokens=sum(trajectory.tokens.scheduled for trajectory in trajectories),
-        num_recomputed_tokens=sum(trajectory.tokens.recomputed for trajectory in trajectories),
-        num_steps=counts["num_steps"],
-        idle_slot_steps=counts["idle_slot_steps"],
-        peak_running=counts["peak_running"],
-        seconds=seconds,
-    )
-
-
-def segment_of(member: MemberPlan, output: RequestOutput) -> Trajectory:
-    """The final output of one request as a trajectory of its own, without what it had before."""
-    completion: Any = output.outputs[0]
-    token_ids = list(completion.token_ids)
-    report, num_prior = report_of(output.kv_transfer_params), member.metadata.num_prior_tokens
-    return Trajectory(
-        trajectory_id=member.trajectory_id,
-        round_id=member.metadata.round,
-        group_id=member.prompt.group_id,
-        index=member.index,
-        prompt_token_ids=member.prompt.token_ids,
-        output_token_ids=token_ids,
-        # Flat log-probs hold one entry a position: the sampled token's.
-        logprobs=list(completion.logprobs.logprobs) if completion.logprobs is not None else [],
-        source_mask=[MODEL_TOKEN] * len(token_ids),
-        weight_versions=[
-            VersionSpan(span.version, span.start, span.end)
-            for span in completion.weight_versions or ()
-            if span.end > span.start
-        ],
-        segments=[] if report is None else segments_of(report.segments, num_prior, len(token_ids)),
-        finish_reason=completion.finish_reason,
-        stop_reason=completion.stop_reason,
-        text=completion.text or None,
-        seed=member.seed,
-        timings=_timings(report),
-        tokens=_token_counts(report),
-        metadata=member.prompt.metadata,
-    )
-
-
-def trajectory_at(member: MemberPlan, point: ForkPoint) -> Trajectory:
-    """What a trajectory that runs had when it was forked: what is known here, then what the scheduler says of it."""
-    start = point.start
-    sampled = Trajectory(
-        trajectory_id=member.trajectory_id,
-        round_id=member.metadata.round,
-        group_id=member.prompt.group_id,
-        index=member.index,
-        prompt_token_ids=member.prompt.token_ids,
-        output_token_ids=point.token_ids,
-        logprobs=point.logprobs,
-        source_mask=[MODEL_TOKEN] * len(point.token_ids),
-        weight_versions=[VersionSpan(version, first - start, end - start) for version, first, end in point.versions],
-        segments=segments_of(point.segments, start, len(point.token_ids)),
-        finish_reason="abort",
-        seed=member.seed,
-        timings=Timings(submitted_s=0.0),
-        tokens=TokenCounts(),
-        metadata=member.prompt.metadata,
-    )
-    return sampled if member.prior is None else joined(member.prior, sampled)
-
-
-def _timings(report: MemberReport | None) -> Timings:
-    if report is None:
-        return Timings(submitted_s=0.0)
-
-    def since_opened(moment: float | None) -> float | None:
-        return None if moment is None else moment - report.opened_ts
-
-    return Timings(
-        submitted_s=report.arrived_ts - report.opened_ts,
-        scheduled_s=since_opened(report.scheduled_ts),
-        first_token_s=since_opened(report.first_token_ts),
-        finished_s=since_opened(report.finished_ts),
-    )
-
-
-def _token_counts(report: MemberReport | None) -> TokenCounts:
-    if report is None:
-        return TokenCounts()
-    return TokenCounts(
-        scheduled=report.num_scheduled_tokens,
-        recomputed=report.num_recomputed_tokens,
-        cached=report.num_cached_tokens,
-        parked=report.num_parked_tokens,
-        preemptions=report.num_preemptions,
-    )

@@ -13,6 +13,7 @@ import msgspec
 
 from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON
 from longtail.scheduler.metadata import CUT_STOP_REASON
+from longtail.scheduler.tree_place import DISMISSED_STOP_REASON
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
@@ -91,11 +92,17 @@ class Branch(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         of: index of the other one in the same group.
         at: output tokens `[0, at)` are that one's, log-probs and versions too; whatever they cost is counted there.
+        reason: a caller or a hook forked it (`fork`), or it is a path of a tree and began at a boundary of the other
+            (`boundary`), or inside of one that had ended (`fallback`).
+        probability: of that decision of the tree's, given all before; `None` for a fork. See
+            `longtail.scheduler.tree_policy.Birth`.
 
     """
 
     of: int
     at: int
+    reason: Literal["fork", "boundary", "fallback"] = "fork"
+    probability: float | None = None
 
 
 class Boundary(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,6 +215,11 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
         return self.boundaries[-1].end + self.boundaries[-1].num_appended if self.boundaries else 0
 
     @property
+    def was_dismissed(self) -> bool:
+        """It is a member of a tree that had no branch for it, and never began."""
+        return self.finish_reason == "abort" and self.stop_reason == DISMISSED_STOP_REASON
+
+    @property
     def num_own_tokens(self) -> int:
         """Output tokens that are not another trajectory's."""
         return len(self.output_token_ids) - (0 if self.branch is None else self.branch.at)
@@ -232,12 +244,13 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     """The samples of one prompt, ordered by `index`.
 
     `complete` is true when every member finished by itself (`stop`, `length` or `repetition`). `rejected` says why a
-    group was filtered.
+    group was filtered. `num_dismissed` members of a tree never began: it had no branch for them.
     """
 
     group_id: str
     trajectories: list[Trajectory]
     complete: bool
+    num_dismissed: int = 0
     metadata: dict[str, Any] = {}
     rejected: str | None = None
 

@@ -85,9 +85,11 @@ def sampling_params(member: MemberPlan) -> SamplingParams:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     from longtail.scheduler.metadata import EXTRA_ARGS_KEY
+    from longtail.scheduler.path_values import NUM_ENTROPY_LOGPROBS
 
-    sampling = member.sampling
-    goes_on = member.metadata.num_prior_tokens > 0
+    sampling, tree = member.sampling, member.sampling.tree
+    # The text of what others have sampled, or it before, is not known to the front end.
+    goes_on = member.metadata.num_prior_tokens > 0 or tree is not None
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -99,7 +101,7 @@ def sampling_params(member: MemberPlan) -> SamplingParams:
         stop_token_ids=list(sampling.stop_token_ids) or None,
         ignore_eos=sampling.ignore_eos,
         seed=member.seed,
-        logprobs=0,
+        logprobs=NUM_ENTROPY_LOGPROBS if tree is not None and tree.split == "entropy" else 0,
         flat_logprobs=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args={EXTRA_ARGS_KEY: msgspec.to_builtins(member.metadata)},

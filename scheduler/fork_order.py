@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from longtail.scheduler.errors import InvalidInputError
-from longtail.scheduler.metadata import MAX_GROUP_SIZE, MAX_ID_CHARS
+from longtail.scheduler.limits import MAX_GROUP_SIZE, MAX_ID_CHARS
 
 T = TypeVar("T")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from longtail.scheduler.boundaries import BoundarySpec
 from longtail.scheduler.kv_policy import FRESH, KvPolicy, KvVersions
 from longtail.scheduler.metadata import MemberReport, RolloutMetadata
+from longtail.scheduler.tree_place import BirthReport
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -21,7 +22,8 @@ class Member:
 
     An episode is the time between two losses of its KV. `start` is where the current one began (tokens whose KV was
     there), `None` while it is not in the batch; `frontier` is the longest prefix that ever had KV. `num_renewals`
-    counts how often new weights took its KV. `history` is there if it may be forked.
+    counts how often new weights took its KV. `history` is there if it may be forked. `stop` are stop strings that the
+    front end does not look for. `birth` is how it left another path of its tree.
     """
 
     request: Request
@@ -42,6 +44,9 @@ class Member:
     kv: KvVersions | None = None
     history: History | None = None
     boundary: BoundarySpec | None = None
+    stop: tuple[str, ...] = ()
+    is_unborn: bool = False
+    birth: BirthReport | None = None
     segments: list[tuple[int, list[tuple[str, int, int]]]] = field(default_factory=list)
 
     @staticmethod
@@ -56,7 +61,16 @@ class Member:
             num_prior=metadata.num_prior_tokens,
             frontier=metadata.num_computed_tokens,
             boundary=metadata.boundary,
+            stop=metadata.stop,
+            is_unborn=metadata.tree is not None and not metadata.tree.has_begun,
         )
+
+    def begin(self, birth: BirthReport | None) -> None:
+        """A path of a tree begins, with the output tokens that its request has of another one."""
+        self.is_unborn, self.birth = False, birth
+        self.num_prior = self.request.num_output_tokens
+        if self.num_prior:
+            self.frontier = self.request.num_tokens - 1
 
     @property
     def num_new_tokens(self) -> int:
@@ -119,6 +133,8 @@ class Member:
             num_parked_tokens=self.num_parked,
             num_computed_tokens=min(self.frontier, self.request.num_tokens - 1),
             segments=[segment for segment in self.segments if segment[0] < num_output],
+            is_unborn=self.is_unborn,
+            birth=self.birth,
         )
 
     def _begin_segment(self) -> None:

@@ -17,15 +17,14 @@ import msgspec
 from longtail.scheduler.boundaries import BoundarySpec
 from longtail.scheduler.errors import InvalidInputError
 from longtail.scheduler.kv_policy import KvPolicy
+from longtail.scheduler.limits import MAX_GROUP_SIZE, MAX_ID_CHARS, MAX_TARGET_GROUPS
+from longtail.scheduler.tree_place import BirthReport, TreePlace
 
 EXTRA_ARGS_KEY = "rollout"
 
 #: Stop reason of a member that the scheduler stopped, or refused, because its round was over.
 CUT_STOP_REASON = "rollout_cut"
 
-MAX_ID_CHARS = 200
-MAX_GROUP_SIZE = 65_536
-MAX_TARGET_GROUPS = 1_048_576
 MAX_JSON_CHARS = 4_096
 
 _JSON_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
@@ -51,6 +50,7 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         boundary: where it is stopped for the front end to decide; its place in the group stays its own.
         can_fork: branches of it may be asked for under its `park` key until its group is complete or its round
             forgotten: what it needs for that is kept.
+        tree: it is a path of a tree that the scheduler grows.
 
     """
 
@@ -67,6 +67,7 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     stop: tuple[str, ...] = ()
     boundary: BoundarySpec | None = None
     can_fork: bool = False
+    tree: TreePlace | None = None
 
     @property
     def num_draws(self) -> int:
@@ -93,6 +94,8 @@ class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
         segments: `(start, kv_spans)` by segment: the output token that it begins with, counted in the trajectory, and
             `(version, start, end)` spans of the KV that was there then.
         boundary: of one that was stopped at a boundary, the string or token id that made it; `None` for a length.
+        is_unborn: it is a path of a tree, and did not begin.
+        birth: it began as a branch of another path, whose first tokens are not in this output.
 
     """
 
@@ -109,6 +112,8 @@ class MemberReport(msgspec.Struct, frozen=True, kw_only=True):
     num_computed_tokens: int = 0
     segments: list[tuple[int, list[tuple[str, int, int]]]] = []
     boundary: str | int | None = None
+    is_unborn: bool = False
+    birth: BirthReport | None = None
 
 
 def report_of(kv_transfer_params: Mapping[str, Any] | None) -> MemberReport | None:
@@ -149,6 +154,16 @@ def parse_metadata(value: object) -> RolloutMetadata:
         raise InvalidInputError(f"{EXTRA_ARGS_KEY}.num_drawn_tokens", what, metadata.num_drawn_tokens)
     if metadata.can_fork and metadata.park is None:
         raise InvalidInputError(f"{EXTRA_ARGS_KEY}.can_fork", "a `park` key with it", metadata.can_fork)
+    if metadata.tree is not None:
+        for name in ("can_fork", "boundary"):
+            if getattr(metadata, name):
+                raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", "nothing, in a tree", getattr(metadata, name))
+        if metadata.park is None:
+            raise InvalidInputError(f"{EXTRA_ARGS_KEY}.tree", "a `park` key with it", metadata.tree.path)
+        if metadata.num_prior_tokens and not metadata.tree.has_begun:
+            what = "true, because of its prior tokens"
+            raise InvalidInputError(f"{EXTRA_ARGS_KEY}.tree.has_begun", what, metadata.tree.has_begun)
+        metadata.tree.check(f"{EXTRA_ARGS_KEY}.tree")
     if not all(metadata.stop):
         raise InvalidInputError(f"{EXTRA_ARGS_KEY}.stop", "non-empty strings", metadata.stop)
     if (boundary := metadata.boundary) is not None:

@@ -49,7 +49,7 @@ class RolloutKv:
         if versions is not None and (request.num_preemptions or (member is not None and member.frontier)):
             # Old weights' blocks are for new requests, if at all: this one had KV, which its policy gave up.
             hit, versions = (self._scheduler.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False), None
-        key = None if member is None or request.num_preemptions else member.park
+        key = None if member is None else member.park
         parked = None if key is None or self._parking is None else self._parking.hit(key, request)
         if parked is not None and parked[1] >= hit[1]:
             assert self._parking is not None
@@ -89,9 +89,7 @@ class RolloutKv:
         """Park under `key` what a live member has for at most `num_tokens`; returns for how many there is KV."""
         if member.start is None or member.kv is None:
             # It waits: what is parked for it, if it was cut, is for its branches too.
-            return (
-                0 if member.park is None or member.request.num_preemptions else self.copy(key, member.park, num_tokens)
-            )
+            return 0 if member.park is None else self.copy(key, member.park, num_tokens)
         num_tokens = min(num_tokens, member.num_valid)
         if num_tokens <= 0:
             return 0

@@ -24,19 +24,22 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON, BoundarySpec
 from longtail.scheduler.errors import InvalidInputError
-from longtail.scheduler.forking import Forking, cannot_fork
+from longtail.scheduler.forking import Forking
 from longtail.scheduler.member import Member
-from longtail.scheduler.metadata import CUT_STOP_REASON, EXTRA_ARGS_KEY, MemberReport, RolloutMetadata, metadata_of
+from longtail.scheduler.member_requests import attach_report, check_request, empty_output, restore, tell_worker
+from longtail.scheduler.metadata import CUT_STOP_REASON, metadata_of
 from longtail.scheduler.rollout_kv import RolloutKv
 from longtail.scheduler.rounds import Admission, RoundBook
 from longtail.scheduler.scheduler_rpc import SchedulerRpc
 from longtail.scheduler.stop_strings import StopStringWatch
+from longtail.scheduler.tree_place import DISMISSED_STOP_REASON
+from longtail.scheduler.trees import Trees
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,6 +67,7 @@ class RolloutMixin(_Base):
         self._answers: list[tuple[int, EngineCoreOutput]] = []
         self._kv = RolloutKv(self)
         self._forking = Forking(self._kv, self._book)
+        self._trees = Trees(self)
         self._rpc = SchedulerRpc(self)
 
     # ---- called by vLLM ------------------------------------------------------------------------------------
@@ -74,7 +78,8 @@ class RolloutMixin(_Base):
         try:
             metadata = metadata_of(params.extra_args if params is not None else None)
             if metadata is not None:
-                _check_request(metadata, request, self._kv.refusal)
+                check_request(metadata, request, self._kv.refusal)
+                self._trees.check(metadata)
             admission = None if metadata is None else self._book.admit(request.request_id, metadata, now)
         except InvalidInputError as error:
             self._answer(request, FinishReason.ERROR, str(error))
@@ -82,18 +87,28 @@ class RolloutMixin(_Base):
         if metadata is None:
             super().add_request(request)
             return
-        _restore(request, metadata.num_prior_tokens)
+        restore(request, metadata.num_prior_tokens)
         member = Member.of(request, metadata, self._book.opened_ts(metadata.round), now)
         if admission is Admission.LATE:
             request.record_event(EngineCoreEventType.QUEUED, now)
             self._answer(request, FinishReason.ABORT, CUT_STOP_REASON, member)
             return
         self._members[request.request_id] = member
+        if metadata.tree is not None:
+            request.record_event(EngineCoreEventType.QUEUED, now)
+            tell_worker(request, metadata)
+            self._trees.arrive(member, metadata)
+            return
         if metadata.can_fork:
             self._forking.enter(member)
+        self.start(member)
+
+    def start(self, member: Member) -> None:
+        """Let a member run: it waits for its turn from now on."""
+        request = member.request
         self._no_token_yet.add(request.request_id)
-        boundary_strings = () if metadata.boundary is None else metadata.boundary.strings
-        self._stop_strings.watch(request, (*metadata.stop, *boundary_strings))
+        boundary_strings = () if member.boundary is None else member.boundary.strings
+        self._stop_strings.watch(request, (*member.stop, *boundary_strings))
         super().add_request(request)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
@@ -124,12 +139,19 @@ class RolloutMixin(_Base):
         return outputs
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        unborn: list[str] = []
+        if self._trees:
+            if request_ids is not None:
+                request_ids = (request_ids,) if isinstance(request_ids, str) else tuple(request_ids)
+            unborn = self._trees.unborn(request_ids)
         finished = super().finish_requests(request_ids, finished_status)
         # Errors found inside a step get an output in that step and are counted there.
         if self._members and finished_status is RequestStatus.FINISHED_ABORTED:
-            for request in finished:
-                if self._drop_member(request.request_id) is not None:
-                    self._book.leave(request.request_id)
+            for request_id in (*unborn, *(request.request_id for request in finished)):
+                if (member := self._drop_member(request_id)) is not None:
+                    self._book.leave(request_id)
+                    if self._trees:
+                        self._trees.end(member, None, by_itself=False)
         return finished
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
@@ -140,12 +162,16 @@ class RolloutMixin(_Base):
 
     def _free_blocks(self, request: Request) -> None:
         member = self._members.get(request.request_id)
-        if member is not None and member.history is not None and request.status in _NATURAL_STATUS:
+        if member is not None and request.status in _NATURAL_STATUS and self._is_kept(member):
             self._kv.park(member)
         super()._free_blocks(request)
 
     def has_requests(self) -> bool:
         return bool(self._answers) or super().has_requests()
+
+    def _is_kept(self, member: Member) -> bool:
+        """Whether branches may need what a member has that ends by itself."""
+        return member.history is not None or (bool(self._trees) and self._trees.keeps(member))
 
     # ---- one step ------------------------------------------------------------------------------------------
 
@@ -184,6 +210,8 @@ class RolloutMixin(_Base):
                     self._look_for_boundary(paused, paused.boundary, output, now)
                 elif self._stop_strings and (text := self._stop_strings.hit(output.request_id, output.new_token_ids)):
                     self._stop_at_string(output, text, now)
+                elif self._trees:
+                    self._trees.grow(output)
         cut = self._book.cut_ready()
         if cut:
             by_id = {output.request_id: output for group in outputs.values() for output in group.outputs}
@@ -193,34 +221,38 @@ class RolloutMixin(_Base):
     def _count_finished(self, output: EngineCoreOutput, now: float) -> None:
         if (member := self._members.get(output.request_id)) is None:
             return
-        if output.finish_reason is FinishReason.LENGTH and member.num_prior:
-            # The last token of its budget may complete a stop string. Of a member that was not resumed the front end
-            # finds it, and says so.
+        if output.finish_reason is FinishReason.LENGTH and member.stop:
+            # The last token of its budget may complete a stop string. Of any other member the front end finds it, and
+            # says so.
             text = self._stop_strings.hit(output.request_id, output.new_token_ids)
-            if text is not None and (member.boundary is None or text not in member.boundary.strings):
+            if text in member.stop:
                 output.finish_reason, output.stop_reason = FinishReason.STOP, text
         self._drop_member(output.request_id)
         if output.finish_reason in _NATURAL:
             self._kv.forget(self._book.finish(output.request_id, member.num_new_tokens))
         else:
             self._book.leave(output.request_id)
-        _attach_report(output, member.report(now))
+        attach_report(output, member.report(now))
+        if self._trees:
+            self._trees.end(member, output, by_itself=output.finish_reason is FinishReason.STOP)
 
     def _stop_at_string(self, output: EngineCoreOutput, stop_string: str, now: float) -> None:
         """End a member at a stop string in the step that completes it.
 
         The front end finds the same string with the same detokenizer and makes the final output itself, text
         trimmed as stock vLLM trims it; a finish reason from here would make it drop the last token's text. Its
-        abort, one step later, finds no request. Of a resumed member it does not know the text before, so there it
-        gets the reason, and makes the whole text itself.
+        abort, one step later, finds no request. Of a member whose text before it does not know it gets the reason, and
+        makes the whole text itself.
         """
         super().finish_requests(output.request_id, RequestStatus.FINISHED_STOPPED)
         member = self._drop_member(output.request_id)
         assert member is not None
-        if member.num_prior:
+        if stop_string in member.stop:
             output.finish_reason, output.stop_reason = FinishReason.STOP, stop_string
         self._kv.forget(self._book.finish(output.request_id, member.num_new_tokens))
-        _attach_report(output, member.report(now))
+        attach_report(output, member.report(now))
+        if self._trees:
+            self._trees.end(member, output, by_itself=True)
 
     def _look_for_boundary(self, member: Member, spec: BoundarySpec, output: EngineCoreOutput, now: float) -> None:
         """Stop a member at the first boundary in its tokens of this step, unless a stop string comes first."""
@@ -254,24 +286,37 @@ class RolloutMixin(_Base):
         super().finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
         self._book.pause(request.request_id, member.num_new_tokens)
         output.finish_reason, output.stop_reason = FinishReason.ABORT, BOUNDARY_STOP_REASON
-        _attach_report(output, msgspec.structs.replace(member.report(now), boundary=made_by))
+        attach_report(output, msgspec.structs.replace(member.report(now), boundary=made_by))
 
     def _cut(
         self, request_id: str, by_id: dict[str, EngineCoreOutput], outputs: dict[int, EngineCoreOutputs], now: float
     ) -> None:
         """Stop a live member in this very step, with its token of this step if it has one."""
-        member = self._drop_member(request_id)
-        assert member is not None
+        member = self._drop_cut(request_id)
         request = member.request
-        self._kv.park(member)
         super().finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
         output = by_id.get(request_id)
         if output is None:
-            output = _empty_output(request, now)
+            output = empty_output(request, now)
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
         output.finish_reason = FinishReason.ABORT
         output.stop_reason = CUT_STOP_REASON
-        _attach_report(output, member.report(now))
+        attach_report(output, member.report(now))
+
+    def _drop_cut(self, request_id: str) -> Member:
+        """Forget a live member whose round is over, and park its KV."""
+        member = self._drop_member(request_id)
+        assert member is not None
+        self._kv.park(member)
+        if self._trees:
+            self._trees.cut(member)
+        return member
+
+    def dismiss(self, member: Member) -> None:
+        """Its tree has no branch for a member that is unborn: it ends, and its group is complete without it."""
+        self._drop_member(member.request.request_id)
+        self._kv.forget(self._book.dismiss(member.request.request_id))
+        self._answer(member.request, FinishReason.ABORT, DISMISSED_STOP_REASON, member)
 
     def _drop_member(self, request_id: str) -> Member | None:
         member = self._members.pop(request_id, None)
@@ -291,9 +336,9 @@ class RolloutMixin(_Base):
         if member is None:
             request.record_event(EngineCoreEventType.QUEUED, now)
             member = Member(request, opened_ts=now, arrived_ts=now)
-        output = _empty_output(request, now)
+        output = empty_output(request, now)
         output.finish_reason, output.stop_reason = finish_reason, stop_reason
-        _attach_report(output, member.report(now))
+        attach_report(output, member.report(now))
         self._answers.append((request.client_index, output))
 
     # ---- called by the front end, between two steps ------------------------------------------------------------
@@ -305,62 +350,9 @@ class RolloutMixin(_Base):
     def _close_round(self, round_id: str) -> None:
         """Stop a round's live members; their final outputs go out with the next step."""
         for request_id in self._book.close(round_id):
-            member = self._drop_member(request_id)
-            assert member is not None
-            self._kv.park(member)
+            member = self._drop_cut(request_id)
             super().finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
             self._answer(member.request, FinishReason.ABORT, CUT_STOP_REASON, member)
-
-
-def _check_request(metadata: RolloutMetadata, request: Request, kv_refusal: str | None) -> None:
-    """What only the request itself can say of its metadata."""
-    if metadata.can_fork and (refusal := kv_refusal or cannot_fork(request)) is not None:
-        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.can_fork", f"false, because of {refusal}", metadata.can_fork)
-    if request.resumable:
-        raise InvalidInputError(EXTRA_ARGS_KEY, "a request whose prompt is there at once", "streaming input")
-    if metadata.num_prior_tokens and request.prompt_embeds is not None:
-        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.num_prior_tokens", "0, because the prompt has embeddings", metadata)
-    for name, bound in (
-        ("num_prior_tokens", request.num_prompt_tokens - 1),
-        ("num_computed_tokens", request.num_prompt_tokens),
-    ):
-        if getattr(metadata, name) > bound:
-            raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", f"at most {bound}, for its prompt", metadata)
-    if metadata.num_prior_tokens >= request.max_tokens:
-        what = f"more than the {metadata.num_prior_tokens} prior tokens, which it counts too"
-        raise InvalidInputError("max_tokens", what, request.max_tokens)
-
-
-def _restore(request: Request, num_prior: int) -> None:
-    """Make the last tokens of a prompt output again.
-
-    vLLM then counts budgets, stops, penalties and repetitions as if the trajectory had never been stopped, as it does
-    for a request that it preempted.
-    """
-    if not num_prior:
-        return
-    assert request.prompt_token_ids is not None
-    request._output_token_ids.extend(request.prompt_token_ids[-num_prior:])
-    request.prompt_token_ids = request.prompt_token_ids[:-num_prior]
-    request.num_prompt_tokens -= num_prior
-    # Of a prompt that is prefilled for the first time: this has been, and may have KV beyond it.
-    request.prefill_stats = None
-
-
-def _attach_report(output: EngineCoreOutput, report: MemberReport) -> None:
-    output.kv_transfer_params = {**(output.kv_transfer_params or {}), EXTRA_ARGS_KEY: msgspec.to_builtins(report)}
-
-
-def _empty_output(request: Request, now: float) -> EngineCoreOutput:
-    """An output without tokens for a request that this step did not run.
-
-    vLLM's latency histograms subtract the times of a finished request's events; one that was never scheduled gets
-    its SCHEDULED event here, or they would be fed minus the uptime of the machine.
-    """
-    events = request.take_events() or []
-    if events and not request.num_computed_tokens and not request.num_preemptions:
-        events.append(EngineCoreEvent.new_event(EngineCoreEventType.SCHEDULED, now))
-    return EngineCoreOutput(request.request_id, [], events=events or None, trace_headers=request.trace_headers)
 
 
 class RolloutScheduler(RolloutMixin, Scheduler):

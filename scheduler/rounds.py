@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from longtail.scheduler.errors import InvalidInputError
-from longtail.scheduler.metadata import MAX_GROUP_SIZE, RolloutMetadata
+from longtail.scheduler.limits import MAX_GROUP_SIZE
+from longtail.scheduler.metadata import RolloutMetadata
 
 MAX_IDLE_ROUNDS = 1024
 """Rounds without a live member that are remembered, so that a late member still gets the right answer."""
@@ -239,6 +240,15 @@ class RoundBook:
         """A live member ended without finishing (caller's abort, error). Its place may be taken again."""
         round_id, entry, _ = self._remove(request_id)
         self._settle(round_id, entry)
+
+    def dismiss(self, request_id: str) -> list[str]:
+        """A live member goes, and its group is smaller by one; returns what `finish` returns."""
+        round_id, entry, metadata = self._remove(request_id)
+        group = entry.groups[metadata.group]
+        group.size -= 1
+        done = self._complete(round_id, entry, group)
+        self._settle(round_id, entry)
+        return done
 
     def pause(self, request_id: str, num_output_tokens: int) -> None:
         """A live member stops at a boundary; its place is kept for it, whether it goes on or not."""

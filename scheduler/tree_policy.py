@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from longtail.scheduler.errors import InvalidInputError
-from longtail.scheduler.metadata import MAX_GROUP_SIZE
+from longtail.scheduler.limits import MAX_GROUP_SIZE
 
 BirthReason = Literal["boundary", "fallback"]
 SplitBy = Literal["uniform", "logprob", "entropy"]
@@ -90,6 +90,41 @@ class TreeSpec:
         if not number or not 0 < temperature < math.inf:
             raise InvalidInputError("tree.split_temperature", "a finite number above 0", temperature)
 
+    @property
+    def max_tokens(self) -> int:
+        """Of a path."""
+        return self.depth * self.segment_tokens
+
+    def num_planned_tokens(self, num_prompt_tokens: int) -> int:
+        """Positions that a tree has at its end if no path ends before its budget is spent, prompt included."""
+        roots, branching = self.max_roots or self.min_roots, self.max_branching or self.branching
+        paths = [min(self.width, roots)]
+        while len(paths) < self.depth and paths[-1] < self.width:
+            paths.append(min(self.width, paths[-1] * branching) if branching > 1 else self.width)
+        num_segments = sum(paths) + self.width * (self.depth - len(paths))
+        return num_prompt_tokens + num_segments * self.segment_tokens
+
+
+def tree_spec(value: object, field: str) -> TreeSpec:
+    """A `TreeSpec`, or one from a mapping of its fields, as JSON has it.
+
+    Raises:
+        InvalidInputError: it is neither, or one of its fields is wrong; named below `field`.
+
+    """
+    if isinstance(value, TreeSpec):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidInputError(field, "a TreeSpec, or its fields", value)
+    known = [one.name for one in fields(TreeSpec)]
+    for name in value:
+        if name not in known:
+            raise InvalidInputError(f"{field}.{name}", "one of " + ", ".join(known), name)
+    for name in ("width", "depth", "segment_tokens"):
+        if name not in value:
+            raise InvalidInputError(f"{field}.{name}", "an integer, which a tree must have", None)
+    return TreeSpec(**value)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PathFigures:
@@ -141,22 +176,34 @@ class TreePolicy:
     Args:
         spec: how it grows.
         seed: of its decisions.
+        begun: of a tree that was stopped: its paths that have not ended. What paths had given is forgotten.
+        ended: of such a tree: the tokens of each path that ended, and whether it did by itself.
 
     Attributes:
-        roots: members that begin at the prompt.
+        roots: members that begin at the prompt; none of a tree that was stopped.
 
     """
 
-    def __init__(self, spec: TreeSpec, seed: int) -> None:
+    def __init__(
+        self,
+        spec: TreeSpec,
+        seed: int,
+        begun: Mapping[int, PathFigures] | None = None,
+        ended: Mapping[int, tuple[int, bool]] | None = None,
+    ) -> None:
         self.spec = spec
-        self._rng = random.Random(f"tree {seed}")
-        count = min(spec.width, self._rng.randint(spec.min_roots, spec.max_roots or spec.min_roots))
-        self.roots = list(range(count))
-        self._unborn = list(range(count, spec.width))
-        self._active: dict[int, PathFigures] = {index: PathFigures(num_tokens=0) for index in self.roots}
+        self._active: dict[int, PathFigures] = dict(begun or {})
+        self._ended: dict[int, tuple[int, bool]] = dict(ended or {})
+        known = self._active.keys() | self._ended.keys()
+        self._rng = random.Random(f"tree {seed} {len(known)} {len(self._ended)}" if known else f"tree {seed}")
+        self.roots: list[int] = []
+        if not known:
+            count = min(spec.width, self._rng.randint(spec.min_roots, spec.max_roots or spec.min_roots))
+            self.roots = list(range(count))
+            self._active = {index: PathFigures(num_tokens=0) for index in self.roots}
+        self._unborn = [index for index in range(spec.width) if index not in self._active.keys() | known]
         #: Paths that wait at a boundary, in the order of their arrival.
         self._waiting: list[int] = []
-        self._ended: dict[int, tuple[int, bool]] = {}
         #: Branches that paths that ended have given, and nobody has taken.
         self._given = 0
 
@@ -169,6 +216,14 @@ class TreePolicy:
     def num_unborn(self) -> int:
         """Members that have not begun."""
         return len(self._unborn)
+
+    def begin(self) -> TreeStep:
+        """The tree begins, or goes on."""
+        return TreeStep(going_on=list(self._active)) if self._active else self._fall_back()
+
+    def is_waiting(self, index: int) -> bool:
+        """A path waits for others at its boundary."""
+        return index in self._waiting
 
     def is_over(self, num_tokens: int) -> bool:
         """Whether a path of this length has its last segment."""
@@ -186,14 +241,24 @@ class TreePolicy:
         return TreeStep(births=births, going_on=[index])
 
     def end(self, index: int, figures: PathFigures, *, by_itself: bool) -> TreeStep:
-        """A path ended, `by_itself` or because its budget was spent."""
+        """A path ended, `by_itself` or because its budget was spent, or somebody ended it."""
         del self._active[index]
+        if index in self._waiting:
+            self._waiting.remove(index)
         self._ended[index] = figures.num_tokens, by_itself
         if self.spec.transfer:
             self._given += self.spec.branching
         if self._active:
             return self._level() if self.spec.synchronous else TreeStep()
         return self._fall_back()
+
+    def drop(self, index: int) -> None:
+        """A member will never begin: one that is unborn, or before `begin` any."""
+        if index in self._unborn:
+            self._unborn.remove(index)
+        else:
+            del self._active[index]
+            self._ended[index] = 0, False
 
     # ---- branches ----------------------------------------------------------------------------------------------
 
@@ -239,7 +304,7 @@ class TreePolicy:
 
     def _level(self) -> TreeStep:
         """In synchronous trees: share out the branches of a level, once every path is at its boundary."""
-        if len(self._waiting) < len(self._active):
+        if not self._waiting or len(self._waiting) < len(self._active):
             return TreeStep()
         waiting, self._waiting = self._waiting, []
         branching, chance = self._branching()

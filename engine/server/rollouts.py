@@ -81,6 +81,8 @@ class RolloutService:
             self._engine,
             self._link,
             plan,
+            # In the thread of the event loop, where vLLM uses it too.
+            None if self._tokenizer is None else self._engine.get_tokenizer(),
             stall_timeout_s=self._stall_timeout_s,
             on_end=lambda: self._live.discard(round_id),
         )

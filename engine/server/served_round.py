@@ -12,7 +12,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from longtail.engine.errors import EngineDeadError, LongtailError
-from longtail.engine.rounds import MemberPlan, RoundCollector, RoundPlan, segment_of
+from longtail.engine.prompts import Tokenizer
+from longtail.engine.round_collector import RoundCollector
+from longtail.engine.rounds import MemberPlan, RoundPlan
 from longtail.engine.server.bodies import ErrorLine, RoundLine, encode_line, trajectory_line
 from longtail.engine.server.problems import problem
 from longtail.engine.server.scheduler_link import SchedulerLink, core_ended
@@ -35,6 +37,7 @@ class ServedRound:
         engine: vLLM's engine client.
         link: to the scheduler of the same engine.
         plan: the checked round; its id is not in use.
+        tokenizer: the engine's, if it has one.
         stall_timeout_s: how long the engine may take for one step.
         on_end: called once, when nothing of the round is left in the engine.
 
@@ -45,6 +48,7 @@ class ServedRound:
         engine: AsyncLLM,
         link: SchedulerLink,
         plan: RoundPlan,
+        tokenizer: Tokenizer | None,
         *,
         stall_timeout_s: float,
         on_end: Callable[[], None],
@@ -55,7 +59,7 @@ class ServedRound:
         self._plan = plan
         self._stall_timeout_s = stall_timeout_s
         self._on_end = on_end
-        self._collector = RoundCollector(plan)
+        self._collector = RoundCollector(plan, tokenizer)
         self._ended: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self._members: set[asyncio.Task[None]] = set()
         self._submission: asyncio.Task[None] | None = None
@@ -72,8 +76,8 @@ class ServedRound:
                 ended = await self._next_ended()
                 if isinstance(ended, Exception):
                     raise ended
-                segment = segment_of(self._collector.pending(ended.request_id), ended)
-                yield encode_line(trajectory_line(self._collector.add(ended.request_id, segment)))
+                for trajectory in self._collector.take(ended):
+                    yield encode_line(trajectory_line(trajectory))
             counts = await self._link.rpc("round", round=self.round_id)
             stats = self._collector.round(counts).stats
             last: RoundLine | ErrorLine = RoundLine(
@@ -102,15 +106,17 @@ class ServedRound:
             for task in members:
                 task.cancel()
             await asyncio.gather(*members, return_exceptions=True)
+            if self._plan.parks:
+                await self._ask("unpark", keys=self._collector.request_ids)
             # Refused while members that came by another route still run in it: then the scheduler's bound applies.
             await self._ask("forget_round")
         finally:
             self._on_end()
 
-    async def _ask(self, op: str) -> bool:
+    async def _ask(self, op: str, **args: Any) -> bool:
         """Whether the scheduler is there and knows the round."""
         try:
-            await self._link.rpc(op, timeout_s=_END_TIMEOUT_S, round=self.round_id)
+            await self._link.rpc(op, timeout_s=_END_TIMEOUT_S, round=self.round_id, **args)
         except LongtailError:
             return False
         return True

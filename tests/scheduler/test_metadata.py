@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longtail.scheduler.errors import InvalidInputError
+from longtail.scheduler.limits import MAX_ID_CHARS
 from longtail.scheduler.metadata import (
-    MAX_ID_CHARS,
     MAX_JSON_CHARS,
     MemberReport,
     RolloutMetadata,

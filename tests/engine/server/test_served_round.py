@@ -32,7 +32,7 @@ def test_members_that_end_while_the_scheduler_is_asked_leave_nothing_behind() ->
         )  # fmt: skip
         engine: Any = SimpleNamespace()
         link: Any = Link()
-        served = ServedRound(engine, link, plan, stall_timeout_s=5, on_end=lambda: ended.append("r"))
+        served = ServedRound(engine, link, plan, None, stall_timeout_s=5, on_end=lambda: ended.append("r"))
         member = asyncio.create_task(member_may_end.wait())
         members: set[Any] = served._members
         members.add(member)
