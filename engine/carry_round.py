@@ -363,7 +363,9 @@ class CarryRound:
         if rejected is not None:
             self._filter(group, rejected)
         elif self._check_age(group):
-            self.store.bank(serial, members, metadata)
+            # Hooks do not see those that never began.
+            by_index = {one.index: one for one in (*group.members, *members) if one is not None}
+            self.store.bank(serial, [by_index[index] for index in sorted(by_index)], metadata)
 
     def change_version(self, version: int) -> None:
         """The weights changed while the round runs."""

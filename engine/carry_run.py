@@ -31,13 +31,14 @@ from longtail.engine.resumed_text import with_whole_text
 from longtail.engine.rounds import MemberPlan, check_arguments, check_count
 from longtail.engine.segments import segment_of
 from longtail.engine.trajectory import Group, Round, Trajectory
-from longtail.engine.tree_members import Orphans, checked_width
+from longtail.engine.tree_members import Orphans, check_budgets, checked_width
 from longtail.engine.vllm_args import sampling_params
 from longtail.engine.waves import Waves
 from longtail.scheduler.admission import FixedOverProvision, OverProvision, RoundOutcome
 from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON
 from longtail.scheduler.limits import MAX_TARGET_GROUPS
 from longtail.scheduler.metadata import CUT_STOP_REASON, report_of
+from longtail.scheduler.tree_place import DISMISSED_STOP_REASON
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from longtail.engine.core_link import CoreLink
 
 _MAX_ID_CHARS = 160
-_OUR_STOP_REASONS = frozenset({CUT_STOP_REASON, BOUNDARY_STOP_REASON})
+_OUR_STOP_REASONS = frozenset({CUT_STOP_REASON, BOUNDARY_STOP_REASON, DISMISSED_STOP_REASON})
 
 
 class CarryRun:
@@ -395,6 +396,7 @@ class CarryRun:
         engine, totals = self._driver.engine, self._book.store.totals
         first, serial = totals.cursor, totals.num_submitted
         checked = tokenize_prompts(prompts, self._group_size, engine.tokenizer, engine.limits, first=first)
+        check_budgets(checked, self._sampling)
         groups = [
             GroupState.new(serial + i, self._round.round_no, self.round_id, prompt, self._group_size, self._sampling)
             for i, prompt in enumerate(checked)

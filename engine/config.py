@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
 from longtail.engine.carry_config import CarryConfig
 from longtail.engine.errors import InvalidInputError
-from longtail.scheduler.tree_policy import TreeSpec, tree_spec
+from longtail.scheduler.tree_policy import TreeSpec
 
 CoreMode = Literal["process", "inline"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 WeightTransfer = Literal["longtail", "nccl", "ipc"]
+
+T = TypeVar("T")
 
 MAX_SEED = 2**63 - 1
 
@@ -160,6 +162,48 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RepetitionStop:
+    """Where a trajectory ends because it repeats itself; vLLM's `RepetitionDetectionParams`.
+
+    Attributes:
+        max_pattern: longest pattern, in tokens.
+        min_pattern: shortest one.
+        min_count: how often it comes, one right after the other.
+
+    """
+
+    max_pattern: int
+    min_pattern: int = 1
+    min_count: int = 8
+
+    def __post_init__(self) -> None:
+        _check_int("sampling.stop_repetition.max_pattern", self.max_pattern, 1, 4096)
+        _check_int("sampling.stop_repetition.min_pattern", self.min_pattern, 1, self.max_pattern)
+        _check_int("sampling.stop_repetition.min_count", self.min_count, 2, 4096)
+
+
+def checked_fields(kind: type[T], value: object, field: str) -> T:
+    """A `kind`, which is a dataclass, or one from a mapping of its fields, as JSON has it.
+
+    Raises:
+        InvalidInputError: it is neither, or a field is none of it or is missing; named below `field`.
+
+    """
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidInputError(field, f"a {kind.__name__}, or its fields", value)
+    known = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]
+    for name in value:
+        if name not in known:
+            raise InvalidInputError(f"{field}.{name}", "one of " + ", ".join(known), name)
+    for name, one in known.items():
+        if one.default is MISSING and name not in value:
+            raise InvalidInputError(f"{field}.{name}", "a value, which has no default", None)
+    return kind(**value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How every member of a group is sampled.
 
@@ -171,6 +215,9 @@ class SamplingConfig:
         min_tokens: no stop before this many tokens.
         stop: strings that end a trajectory; checked inside the engine, so that a round counts them exactly.
         stop_token_ids: token ids that end a trajectory, besides the model's own end token.
+        stop_at_boxed: end a trajectory with the token that completes a boxed answer, as LaTeX's `boxed` makes one.
+        stop_repetition: end it as `repetition` where token ids come again and again, also across boundaries and
+            resumes; `RepetitionStop`, or its fields as a mapping.
         ignore_eos: go on past the model's end token.
         boundary_every: stop for `on_boundary` hooks after so many tokens of a segment.
         boundary_token_ids: stop for them after one of these tokens.
@@ -190,6 +237,8 @@ class SamplingConfig:
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    stop_at_boxed: bool = False
+    stop_repetition: RepetitionStop | None = None
     ignore_eos: bool = False
     boundary_every: int | None = None
     boundary_token_ids: tuple[int, ...] = ()
@@ -218,10 +267,14 @@ class SamplingConfig:
                 _check_int(f"sampling.{name}[{i}]", token_id, 0)
         if self.boundary_every is not None:
             _check_int("sampling.boundary_every", self.boundary_every, 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidInputError("sampling.ignore_eos", "true or false", self.ignore_eos)
+        for name in ("ignore_eos", "stop_at_boxed"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(f"sampling.{name}", "true or false", getattr(self, name))
+        if self.stop_repetition is not None:
+            value = checked_fields(RepetitionStop, self.stop_repetition, "sampling.stop_repetition")
+            object.__setattr__(self, "stop_repetition", value)
         if self.tree is not None:
-            object.__setattr__(self, "tree", tree_spec(self.tree, "sampling.tree"))
+            object.__setattr__(self, "tree", checked_fields(TreeSpec, self.tree, "sampling.tree"))
             if self.has_boundaries:
                 raise InvalidInputError("sampling.tree", "no boundaries of hooks with it", self.tree)
         if self.seed is not None:

@@ -131,8 +131,9 @@ class Judging:
 
     def see_group(self, group: GroupState, round_id: str) -> None:
         """A group is complete. Members that ended before a crash are shown to the hooks (again) now."""
-        for index in range(len(group.members)):
-            self.see_member(group, index)
+        for index, member in enumerate(group.members):
+            if member is not None and member.ended_by_itself:
+                self.see_member(group, index)
         self._cases[_key(group)].group = group.group(round_id)
         # What was answered while no run took answers is there already.
         self._inbox.post(HookAnswer(_key(group)))

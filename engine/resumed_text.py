@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def with_whole_text(tokenizer: Any, plan: MemberPlan, last: Trajectory) -> Trajectory:
     """The last part of a trajectory, which ended by itself, with the text of all parts, if there is a tokenizer."""
-    if tokenizer is None or (plan.prior is None and plan.metadata.tree is None):
+    if tokenizer is None or not plan.has_late_text:
         return last
     token_ids = (plan.prior.output_token_ids if plan.prior else []) + last.output_token_ids
     is_at_end_token = last.finish_reason == "stop" and not isinstance(last.stop_reason, str)

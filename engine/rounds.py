@@ -18,7 +18,7 @@ from longtail.engine.prompts import PromptLimits, Tokenizer, TokenPrompt, tokeni
 from longtail.engine.trajectory import (
     Trajectory,
 )
-from longtail.engine.tree_members import checked_width, places, tree_seed
+from longtail.engine.tree_members import check_budgets, checked_width, places, tree_seed
 from longtail.scheduler.limits import MAX_GROUP_SIZE, MAX_ID_CHARS, MAX_TARGET_GROUPS
 from longtail.scheduler.metadata import RolloutMetadata
 from longtail.scheduler.tree_place import TreePlace
@@ -48,6 +48,15 @@ class MemberPlan:
     trajectory_id: str
     index: int
     prior: Trajectory | None = None
+
+    @property
+    def has_late_text(self) -> bool:
+        """Its text is made when it has ended, and vLLM's front end does not look for stop strings.
+
+        It does not know what there was before, or does not look for what the scheduler does.
+        """
+        metadata = self.metadata
+        return metadata.num_prior_tokens > 0 or metadata.tree is not None or metadata.stop_at_boxed
 
     @property
     def token_ids(self) -> list[int]:
@@ -96,7 +105,8 @@ class RoundPlan:
                         group_size=self.group_size,
                         index=index,
                         park=request_id if self.parks else None,
-                        stop=self.sampling.stop if tree else (),
+                        stop=self.sampling.stop if tree or self.sampling.stop_at_boxed else (),
+                        stop_at_boxed=self.sampling.stop_at_boxed,
                         can_fork=self.can_fork,
                         tree=tree.get(index),
                     ),
@@ -151,6 +161,7 @@ def plan_round(
         what = f"at most {max_members} members in a round, {len(prompts)} prompts x group_size"
         raise InvalidInputError("group_size", what, group_size)
     checked = tokenize_prompts(prompts, group_size, tokenizer, limits)
+    check_budgets(checked, sampling)
     if sampling.seed is not None and sampling.seed + len(checked) * group_size > MAX_SEED:
         raise InvalidInputError("sampling.seed", f"room for {len(checked) * group_size} seeds", sampling.seed)
     if target_groups is None:
@@ -179,9 +190,9 @@ def check_arguments(
     if not isinstance(sampling, SamplingConfig):
         raise InvalidInputError("sampling", "a SamplingConfig", sampling)
     check_count("group_size", group_size, MAX_GROUP_SIZE)
-    for name in ("stop", "boundary_strings"):
-        if (strings := getattr(sampling, name)) and tokenizer is None:
-            raise InvalidInputError(f"sampling.{name}", "no strings, because this engine has no tokenizer", strings)
+    for name in ("stop", "boundary_strings", "stop_at_boxed"):
+        if (value := getattr(sampling, name)) and tokenizer is None:
+            raise InvalidInputError(f"sampling.{name}", "nothing, because this engine has no tokenizer", value)
     if sampling.has_boundaries and not has_boundary_hook:
         where = next(name for name in _BOUNDARY_FIELDS if getattr(sampling, name))
         what = "nothing, without a round that carries over and a hook with on_boundary"

@@ -22,6 +22,7 @@ from longtail.scheduler.tree_place import BirthReport, EndedPath, TreePlace
 from longtail.scheduler.tree_policy import TreeSpec
 
 if TYPE_CHECKING:
+    from longtail.engine.prompts import TokenPrompt
     from longtail.engine.rounds import MemberPlan
 
 T = TypeVar("T")
@@ -42,6 +43,18 @@ def checked_width(group_size: int, sampling: SamplingConfig, *, can_fork: bool) 
     if group_size not in (1, width):
         raise InvalidInputError("group_size", f"{width}, the width of the tree, or nothing", group_size)
     return width
+
+
+def check_budgets(prompts: Sequence[TokenPrompt], sampling: SamplingConfig) -> None:
+    """The members of a tree, which have tokens of each other, have one budget.
+
+    Raises:
+        InvalidInputError: names the prompt.
+
+    """
+    for index, prompt in enumerate(prompts):
+        if sampling.tree is not None and prompt.max_tokens is not None and len(set(prompt.max_tokens)) > 1:
+            raise InvalidInputError(f"prompts[{index}].max_tokens", "one budget for a whole tree", prompt.max_tokens)
 
 
 def tree_seed(seed: int | None, name: str) -> int:

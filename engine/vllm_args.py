@@ -82,24 +82,30 @@ def build_vllm_config(config: EngineConfig, model_dir: Path) -> VllmConfig:
 def sampling_params(member: MemberPlan) -> SamplingParams:
     """vLLM's sampling parameters of one member: final output only, log-prob of every sampled token."""
     import msgspec
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 
     from longtail.scheduler.metadata import EXTRA_ARGS_KEY
     from longtail.scheduler.path_values import NUM_ENTROPY_LOGPROBS
 
     sampling, tree = member.sampling, member.sampling.tree
-    # The text of what others have sampled, or it before, is not known to the front end.
-    goes_on = member.metadata.num_prior_tokens > 0 or tree is not None
+    repetition = sampling.stop_repetition
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_tokens=member.max_tokens,
         min_tokens=min(sampling.min_tokens, member.max_tokens),
-        stop=None if goes_on else list(sampling.stop) or None,
-        detokenize=not goes_on,
+        stop=None if member.has_late_text else list(sampling.stop) or None,
+        detokenize=not member.has_late_text,
         stop_token_ids=list(sampling.stop_token_ids) or None,
         ignore_eos=sampling.ignore_eos,
+        repetition_detection=None
+        if repetition is None
+        else RepetitionDetectionParams(
+            max_pattern_size=repetition.max_pattern,
+            min_pattern_size=repetition.min_pattern,
+            min_count=repetition.min_count,
+        ),
         seed=member.seed,
         logprobs=NUM_ENTROPY_LOGPROBS if tree is not None and tree.split == "entropy" else 0,
         flat_logprobs=True,

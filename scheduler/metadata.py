@@ -47,6 +47,7 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         num_drawn_tokens: how many of `num_prior_tokens` were drawn with the request's own seed; all by default.
         stop: stop strings of a trajectory that goes on; the front end, which does not know the text before, would find
             others.
+        stop_at_boxed: it ends with the token that completes a boxed answer, as LaTeX's `boxed` makes one.
         boundary: where it is stopped for the front end to decide; its place in the group stays its own.
         can_fork: branches of it may be asked for under its `park` key until its group is complete or its round
             forgotten: what it needs for that is kept.
@@ -65,6 +66,7 @@ class RolloutMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     num_computed_tokens: int = 0
     num_drawn_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    stop_at_boxed: bool = False
     boundary: BoundarySpec | None = None
     can_fork: bool = False
     tree: TreePlace | None = None

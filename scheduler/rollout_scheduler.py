@@ -29,6 +29,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON, BoundarySpec
+from longtail.scheduler.boxed import BOXED_STOP_REASON
 from longtail.scheduler.errors import InvalidInputError
 from longtail.scheduler.forking import Forking
 from longtail.scheduler.member import Member
@@ -108,7 +109,9 @@ class RolloutMixin(_Base):
         request = member.request
         self._no_token_yet.add(request.request_id)
         boundary_strings = () if member.boundary is None else member.boundary.strings
-        self._stop_strings.watch(request, (*member.stop, *boundary_strings))
+        at_boxed = BOXED_STOP_REASON in member.stop
+        strings = [text for text in member.stop if text != BOXED_STOP_REASON]
+        self._stop_strings.watch(request, (*strings, *boundary_strings), at_boxed=at_boxed)
         super().add_request(request)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from longtail.scheduler.errors import InvalidInputError
@@ -103,27 +103,6 @@ class TreeSpec:
             paths.append(min(self.width, paths[-1] * branching) if branching > 1 else self.width)
         num_segments = sum(paths) + self.width * (self.depth - len(paths))
         return num_prompt_tokens + num_segments * self.segment_tokens
-
-
-def tree_spec(value: object, field: str) -> TreeSpec:
-    """A `TreeSpec`, or one from a mapping of its fields, as JSON has it.
-
-    Raises:
-        InvalidInputError: it is neither, or one of its fields is wrong; named below `field`.
-
-    """
-    if isinstance(value, TreeSpec):
-        return value
-    if not isinstance(value, Mapping):
-        raise InvalidInputError(field, "a TreeSpec, or its fields", value)
-    known = [one.name for one in fields(TreeSpec)]
-    for name in value:
-        if name not in known:
-            raise InvalidInputError(f"{field}.{name}", "one of " + ", ".join(known), name)
-    for name in ("width", "depth", "segment_tokens"):
-        if name not in value:
-            raise InvalidInputError(f"{field}.{name}", "an integer, which a tree must have", None)
-    return TreeSpec(**value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

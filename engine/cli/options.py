@@ -127,6 +127,14 @@ class SamplingOptions(OptionGroup):
     HEADING = "Sampling"
     DEFAULTS = SamplingConfig
 
+    def given(self) -> dict[str, Any]:
+        """What the user set, as JSON values; what has fields as those."""
+        fields = super().given()
+        for name in ("tree", "stop_repetition"):
+            if name in fields:
+                fields[name] = dict(_named_value(name, part) for part in fields[name].split(","))
+        return fields
+
     temperature: Annotated[float | None, "0 is greedy."] = None
     top_p: Annotated[float | None, "Nucleus mass in (0, 1]."] = None
     top_k: Annotated[int | None, "0 keeps the whole vocabulary."] = None
@@ -134,7 +142,15 @@ class SamplingOptions(OptionGroup):
     min_tokens: Annotated[int | None, "No stop before this many tokens."] = None
     stop: Annotated[list[str] | None, "A string that ends a trajectory. Repeatable."] = None
     stop_token_ids: Annotated[list[int] | None, "A token id that ends a trajectory. Repeatable."] = None
+    stop_at_boxed: Annotated[bool | None, r"End a trajectory at the end of \\boxed{...}."] = None
+    stop_repetition: Annotated[
+        str | None, "End it where token ids repeat: max_pattern=32,min_count=8, and min_pattern."
+    ] = None
     ignore_eos: Annotated[bool | None, "Go on past the model's end token."] = None
+    tree: Annotated[
+        str | None,
+        "Grow each group as a tree: width=16,depth=8,segment_tokens=64, and other fields of TreeSpec (see the README).",
+    ] = None
     seed: Annotated[int | None, "Makes each trajectory's sampling repeatable. Default: the engine's stream."] = None
 
 
@@ -286,8 +302,11 @@ def flag_of(field: str) -> str:
     named = _NAMED.get(field, field)
     name = _SECTION.sub("", named)
     stem = re.sub(r"\[\d+\]$", "", name)
-    known = stem in _SINGLE_OPTIONS or any(stem in kind.__dataclass_fields__ for kind in OptionGroup.__subclasses__())
-    return f"--{name.replace('_', '-')}" if known else field
+    head, dot, inner = stem.partition(".")
+    known = head in _SINGLE_OPTIONS or any(head in kind.__dataclass_fields__ for kind in OptionGroup.__subclasses__())
+    if not known:
+        return field
+    return f"--{head.replace('_', '-')} {inner}" if dot else f"--{name.replace('_', '-')}"
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

@@ -19,8 +19,9 @@ from longtail.engine.cli.report_figures import figures_card, rounds_table, shown
 from longtail.engine.cli.report_histogram import histogram_svg
 from longtail.engine.cli.report_samples import samples_card
 from longtail.engine.cli.report_timeline import Timeline, timeline_svg
+from longtail.engine.cli.report_tree import MAX_TREES, tree_caption, tree_svg, trees_of
 from longtail.engine.cli.round_summary import Outcome, RoundSummary, counted
-from longtail.engine.trajectory import Round
+from longtail.engine.trajectory import Group, Round
 
 _TEMPLATE = "report_template.html"
 
@@ -83,6 +84,7 @@ def _round_section(summary: RoundSummary, with_heading: bool) -> str:
     parts.append(_tiles(summary))
     parts.append(_histogram_card(summary))
     parts.append(_timeline_card(summary))
+    parts.append(_trees_card(round))
     parts.append(figures_card(summary))
     parts.append(samples_card(round))
     parts.append("</section>")
@@ -194,6 +196,34 @@ def _timeline_card(summary: RoundSummary) -> str:
         )
     present = [(outcome, _OUTCOME_WORDS[outcome], number) for outcome, number in summary.outcomes.items() if number]
     return card("When each trajectory ran", " ".join(caption), _legend(present), picture)
+
+
+def _trees_card(round: Round) -> str:
+    """The trees of a round, the first one open and the others to be opened."""
+    trees = trees_of(round.groups)
+    if not trees:
+        return ""
+    caption = (
+        "Each row is a trajectory and its bar the tokens of its own; a line leads to them from the trajectory that it "
+        "left, whose tokens before that are its too. A bar is red for the group's lowest reward and blue for its "
+        "highest, or, where all have the same or none, blue if it can be trained on. Point at a bar for its details."
+    )
+    parts = [
+        f'<details class="tree" data-group="{escape(group.group_id)}"{"" if place else " open"}>'
+        f"<summary>Group {escape(group.group_id)}: {_num(group)}</summary>"
+        f'<p class="soft">{escape(tree_caption(group))}</p><div class="scroll">{tree_svg(group)}</div></details>'
+        for place, group in enumerate(trees[:MAX_TREES])
+    ]
+    left_out = len(trees) - MAX_TREES
+    more = f'<p class="soft">{left_out:,} further groups have branches.</p>' if left_out > 0 else ""
+    return (
+        f'<figure class="card long"><h3>Trees</h3><figcaption>{escape(caption)}</figcaption>'
+        f"{''.join(parts)}{more}</figure>"
+    )
+
+
+def _num(group: Group) -> str:
+    return counted(len(group.trajectories), "trajectory", "trajectories")
 
 
 def _legend(keys: Iterable[tuple[str, str, int]]) -> str:

@@ -27,6 +27,7 @@ from longtail.engine.rounds import num_groups_for, plan_round
 from longtail.engine.run_settings import RunSettings, check_same, load_settings
 from longtail.engine.tasks import load_task
 from longtail.engine.trajectory_file import index_file
+from longtail.engine.tree_members import checked_width
 
 #: Fields of `EngineConfig` that change which trajectories come out; the others change how fast, and may differ when a
 #: run is continued.
@@ -82,6 +83,11 @@ def new_request(
         engine=dict(engine),
     )
     sampling_config, config = _configs(settings, settings.engine)
+    if sampling_config.tree is not None and sampling_config.tree.fallback == "none":
+        what = "ended or any: in a file, a member that never began can't be told from one that is missing"
+        raise InvalidInputError("sampling.tree.fallback", what, "none")
+    group_size = checked_width(settings.group_size, sampling_config, can_fork=False)
+    settings = msgspec.structs.replace(settings, group_size=group_size)
     prompts = _prompts(settings, _num_prompts(options))
     if options.num_prompts is not None and len(prompts) < options.num_prompts:
         raise InvalidInputError("num_prompts", f"at most the {len(prompts)} prompts there are", options.num_prompts)

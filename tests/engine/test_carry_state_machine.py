@@ -43,6 +43,7 @@ from longtail.scheduler.member import Member
 from longtail.scheduler.parking import ParkingLot
 from longtail.scheduler.rollout_scheduler import make_scheduler
 from longtail.scheduler.staleness import StalenessBound
+from longtail.scheduler.tree_policy import TreeSpec
 
 #: By block size: slots and tokens of a step.
 STEP_LIMITS = {4: (6, 32), 8: (12, 64)}
@@ -59,6 +60,12 @@ CONFIGS = st.builds(
     on_stale=st.sampled_from(("mask", "restart", "drop")),
     admission=st.sampled_from(("carried_first", "nearly_complete_first", "longest_remaining_first", "fifo")),
     target_carried=st.sampled_from((None, None, 0, 3)),
+)
+TREES = (
+    TreeSpec(width=4, depth=8, segment_tokens=4),
+    TreeSpec(width=6, depth=5, segment_tokens=3, branching=3, fallback="any", split="logprob"),
+    TreeSpec(width=5, depth=4, segment_tokens=5, min_roots=1, max_roots=3, synchronous=True),
+    TreeSpec(width=4, depth=9, segment_tokens=2, fallback="none", transfer=False, branching=1),
 )
 #: Counts that no machine may end without.
 MUST_HAPPEN = (
@@ -84,6 +91,10 @@ MUST_HAPPEN = (
     "appended tokens",
     "stopped at a boundary",
     "filtered, on_boundary",
+    "trees",
+    "births, boundary",
+    "births, fallback",
+    "dismissed",
 )
 
 
@@ -117,13 +128,15 @@ class CarryMachine(RuleBasedStateMachine):
         is_judged=st.booleans(),
         is_durable=st.booleans(),
         has_iterator=st.booleans(),
-        boundaries=st.sampled_from(
+        sampling=st.sampled_from(
             (
                 {},
                 {"boundary_every": 3},
                 {"boundary_every": 9},
                 {"boundary_token_ids": BOUNDARY_TOKENS},
                 {"boundary_every": 7, "boundary_token_ids": BOUNDARY_TOKENS},
+                *({"tree": tree} for tree in TREES),
+                *({"tree": tree, "stop_token_ids": BOUNDARY_TOKENS[::2]} for tree in TREES),
             )
         ),
         seed=st.integers(0, 1000),
@@ -137,7 +150,7 @@ class CarryMachine(RuleBasedStateMachine):
         is_judged: bool,
         is_durable: bool,
         has_iterator: bool,
-        boundaries: dict[str, Any],
+        sampling: dict[str, Any],
         seed: int,
     ) -> None:
         self.rng = random.Random(seed)
@@ -152,9 +165,13 @@ class CarryMachine(RuleBasedStateMachine):
             Prompts(seed, num_prompts, block_size * (num_blocks - 1)),
             config,
             has_iterator=has_iterator and not is_durable,
-            boundaries=boundaries if is_judged else {},
+            sampling=sampling if self._takes(sampling, config) else {},
         )
         self._start_process(0)
+
+    def _takes(self, sampling: dict[str, Any], config: CarryConfig) -> bool:
+        """Boundaries need hooks, trees need parked KV."""
+        return config.park if "tree" in sampling else self.is_judged
 
     def _start_process(self, version: int) -> None:
         block_size, num_blocks = self.shape
@@ -345,7 +362,8 @@ class CarryMachine(RuleBasedStateMachine):
                     budget = min(group.budget(index), has_room_for)
                     assert group.num_tokens(index) <= budget
                     is_at_boundary = bool(member.boundaries) and member.boundaries[-1].end == group.num_tokens(index)
-                    assert not member.ended_by_itself or is_at_boundary or group.num_tokens(index) == budget
+                    is_stopped = member.finish_reason == "stop" or is_at_boundary
+                    assert not member.ended_by_itself or is_stopped or group.num_tokens(index) == budget
 
     @invariant()
     def the_pool_is_sane(self) -> None:
@@ -418,7 +436,13 @@ class CarryMachine(RuleBasedStateMachine):
 
     def _only_what_goes_on_is_parked(self) -> None:
         if (parking := self.driver.kv.scheduler._kv._parking) is not None:
-            going_on = {g.park_key(index) for g in self.book.store.carried.values() for index in g.unfinished}
+            # Members that are unborn may need what others have that ended.
+            carried = self.book.store.carried.values()
+            going_on = {
+                group.park_key(index)
+                for group in carried
+                for index in (group.unfinished if group.sampling.tree is None else range(len(group.members)))
+            }
             assert set(parking.lot) <= going_on
 
 

@@ -288,3 +288,51 @@ def test_wrong_arguments_are_refused(engine: RolloutEngine) -> None:
     with pytest.raises(InvalidInputError) as caught:
         engine.stream_trajectories([PROMPT], sampling=SAMPLED, carry=False, can_fork=True)
     assert caught.value.field == "can_fork"
+
+
+def test_paths_that_repeat_themselves_end(engine: RolloutEngine) -> None:
+    """The pattern comes back across boundaries: a segment is shorter than it."""
+    using = sampling(
+        temperature=0.0, top_p=1.0, max_tokens=400, tree=TreeSpec(width=4, depth=100, segment_tokens=4),
+        stop_repetition={"max_pattern": 20, "min_count": 3},
+    )  # fmt: skip
+    plain = sampling(temperature=0.0, top_p=1.0, max_tokens=400, tree=None)
+    (whole,) = grow(engine, using=plain).trajectories
+    end = next(end for end in range(3, 401) if _repeats(whole.output_token_ids[:end], 20, 3))
+    assert end < 400, "greedy, the tiny model repeats itself"
+    (group,) = grow(engine, using=using).groups
+    for one in group.trajectories:
+        assert one.output_token_ids == whole.output_token_ids[:end]
+        assert one.finish_reason == "repetition"
+
+
+def _repeats(tokens: Sequence[int], max_pattern: int, min_count: int) -> bool:
+    sizes = range(1, min(max_pattern, len(tokens) // min_count) + 1)
+    return any(tokens[-size * min_count :] == tokens[-size:] * min_count for size in sizes)
+
+
+def test_boxed_answers_end_paths_and_plain_members(tiny_model: Path) -> None:
+    """The tiny model's greedy text, taken for the beginning and the end of a boxed answer."""
+    from longtail.scheduler import boxed
+
+    with pytest.MonkeyPatch.context() as patch, RolloutEngine(config_of(tiny_model, core="inline")) as engine:
+        greedy = sampling(temperature=0.0, top_p=1.0, tree=None, max_tokens=48)
+        (whole,) = grow(engine, using=greedy).trajectories
+        assert whole.text is not None
+        patch.setattr(boxed.BoxedAnswer, "_read", _ends_after(whole.text[:30]))
+        for tree in (None, SPEC):
+            using = sampling(temperature=0.0, top_p=1.0, max_tokens=48, stop_at_boxed=True, tree=tree)
+            for one in grow(engine, using=using).trajectories:
+                assert (one.finish_reason, one.stop_reason) == ("stop", boxed.BOXED_STOP_REASON)
+                assert one.output_token_ids == whole.output_token_ids[: len(one.output_token_ids)]
+                assert one.text is not None
+                assert whole.text.startswith(one.text)
+                assert 30 <= len(one.text) < len(whole.text)
+
+
+def _ends_after(text: str) -> Any:
+    def read(self: Any, char: str) -> bool:
+        self.num_chars = getattr(self, "num_chars", 0) + 1
+        return bool(self.num_chars == len(text))
+
+    return read

@@ -42,6 +42,7 @@ class Prompts(Sequence[Prompt]):
 
     def __init__(self, seed: int, count: int, capacity: int) -> None:
         self.group_size = 1
+        self.is_for_trees = False
         self.given: dict[int, Prompt] = {}
         self._seed = seed
         self._count = count
@@ -65,6 +66,8 @@ class Prompts(Sequence[Prompt]):
         budgets = [rng.choice((rng.randint(1, 4), rng.randint(5, 16), rng.randint(17, 32))) for _ in range(4)]
         if rng.random() < 0.05:
             budgets[0] = self.capacity
+        if self.is_for_trees:
+            budgets = [max(budgets)] * self.group_size
         self.given[key] = Prompt(token_ids=token_ids, max_tokens=budgets[: self.group_size], metadata={"n": key})
         return self.given[key]
 
@@ -128,7 +131,7 @@ class Caller:
         prompts: the trainer's.
         config: policies of the rounds.
         has_iterator: it gives an iterator of the prompts to every round, not their sequence.
-        boundaries: fields of `SamplingConfig`.
+        sampling: fields of `SamplingConfig` that make boundaries or trees.
 
     Attributes:
         accepted: positions of the prompts whose groups it has, with the round that they came in.
@@ -143,17 +146,24 @@ class Caller:
         config: CarryConfig,
         *,
         has_iterator: bool = False,
-        boundaries: Mapping[str, Any] = MappingProxyType({}),
+        sampling: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.prompts = prompts
-        self._sampling = SamplingConfig(max_tokens=4, ignore_eos=True, **boundaries)
+        self._sampling = SamplingConfig(max_tokens=4, ignore_eos=True, **sampling)
+        self._tree = self._sampling.tree
+        prompts.is_for_trees = self._tree is not None
         self._source: Any = iter(prompts) if has_iterator else prompts
-        self._group_size = 2 if has_iterator else None
+        self._group_size = self._tree.width if self._tree is not None else 2 if has_iterator else None
         self.config = config
         self.accepted: dict[int, str] = {}
         self.filtered: dict[int, str] = {}
         self.seen: Counter[str] = Counter()
         self.num_rounds = 0
+
+    @property
+    def can_fork(self) -> bool:
+        """Its rounds take forks."""
+        return self.config.park and self._tree is None
 
     def attend(self, driver: StepDriver, book: CarryBook) -> None:
         """This process has this engine and these groups; what there was of an earlier one is gone."""
@@ -194,7 +204,7 @@ class Caller:
         self.is_stream = target is None
         run = CarryRun(
             self.driver, self.book, self._source, group_size=group_size, target_groups=target, over_provision=ratio,
-            sampling=self._sampling, round_id=f"r{self.num_rounds}", num_groups=num_groups, can_fork=self.config.park,
+            sampling=self._sampling, round_id=f"r{self.num_rounds}", num_groups=num_groups, can_fork=self.can_fork,
         )  # fmt: skip
         try:
             run.submit(self._items.append)
@@ -317,11 +327,11 @@ class Caller:
 
     def _take(self, run: CarryRun) -> None:
         for trajectory in run.take(self._items.popleft()):
-            serial = int(trajectory.trajectory_id.split("/")[1].split(".")[0])
-            store = self.book.store
+            attempt = trajectory.trajectory_id.split("/")[1]
+            serial, store = int(attempt.split(".")[0]), self.book.store
             group = store.carried.get(serial) or store.banked.get(serial)
-            if group is not None:
-                self._check_trajectory(trajectory, group.members)
+            if group is not None and group.attempt == attempt:
+                self._check_trajectory(trajectory, dict(enumerate(group.members)))
 
     def _accept(self, group: Group, where: str) -> None:
         n = group.metadata["n"]
@@ -373,12 +383,21 @@ class Caller:
         assert isinstance(prompt.max_tokens, list)
         assert group.complete
         assert group.rejected is None
-        assert [t.index for t in group.trajectories] == list(range(len(group.trajectories)))
-        assert len(group.trajectories) >= len(prompt.max_tokens)
-        for trajectory in group.trajectories[len(prompt.max_tokens) :]:
-            branch = trajectory.branch
-            assert branch is not None
-            parent = group.trajectories[branch.of]
+        by_index = {one.index: one for one in group.trajectories}
+        if self._tree is None:
+            assert list(by_index) == list(range(len(group.trajectories)))
+            assert len(group.trajectories) >= len(prompt.max_tokens)
+            assert all(one.branch is not None for one in group.trajectories[len(prompt.max_tokens) :])
+        else:
+            assert len(by_index) + group.num_dismissed == self._tree.width
+            assert not group.num_dismissed or self._tree.fallback == "none"
+            self.seen["dismissed"] += group.num_dismissed
+            self.seen["trees"] += 1
+        for trajectory in group.trajectories:
+            if (branch := trajectory.branch) is None:
+                continue
+            assert self._tree is None or branch.at % self._tree.segment_tokens == 0
+            parent = by_index[branch.of]
             for name in ("output_token_ids", "logprobs", "source_mask"):
                 assert getattr(trajectory, name)[: branch.at] == getattr(parent, name)[: branch.at]
             assert token_versions(trajectory)[: branch.at] == token_versions(parent)[: branch.at]
@@ -387,7 +406,7 @@ class Caller:
             self.seen["branches of branches"] += parent.branch is not None
         bound = self.config.max_staleness
         for trajectory in group.trajectories:
-            self._check_trajectory(trajectory, group.trajectories)
+            self._check_trajectory(trajectory, by_index)
             assert self.book.hooks is None or trajectory.reward == reward_of(trajectory)
             is_stale = [bound is not None and abs(version - one) > bound for one in token_versions(trajectory)]
             # A mask of the day when the round ended stays.
@@ -396,7 +415,7 @@ class Caller:
             assert may_be_stale or trajectory.loss_mask == mask
             assert may_be_stale or self.config.on_stale == "mask" or not any(is_stale)
 
-    def _check_trajectory(self, trajectory: Trajectory, members: Sequence[Trajectory | None]) -> None:
+    def _check_trajectory(self, trajectory: Trajectory, members: Mapping[int, Trajectory | None]) -> None:
         """It is what the model makes of its prompt over KV of the versions that it reports."""
         prompt = self.prompts.given[trajectory.metadata["n"]]
         assert isinstance(prompt.max_tokens, list)
@@ -405,8 +424,12 @@ class Caller:
         assert trajectory.prompt_token_ids == (prompt if self.book.hooks is None else prepared(prompt)).token_ids
         has_room_for = self.prompts.capacity - len(trajectory.prompt_token_ids)
         is_at_boundary = bool(trajectory.boundaries) and trajectory.boundaries[-1].end == len(tokens)
+        is_at_boundary |= tokens[-1] in self._sampling.stop_token_ids
+        assert not set(tokens[:-1]) & set(self._sampling.stop_token_ids)
         assert trajectory.finish_reason == "length" or (trajectory.finish_reason == "stop" and is_at_boundary)
-        assert len(tokens) == min(prompt.max_tokens[_root(trajectory, members)], has_room_for) or is_at_boundary
+        budget = prompt.max_tokens[_root(trajectory, members)]
+        budget = budget if self._tree is None else min(budget, self._tree.max_tokens)
+        assert len(tokens) == min(budget, has_room_for) or is_at_boundary
         self._check_boundaries(trajectory)
         assert trajectory.logprobs == [
             -(token % 7) - 0.5 if source else 0.0 for token, source in zip(tokens, trajectory.source_mask, strict=True)
@@ -448,10 +471,10 @@ class Caller:
             self.seen["appended tokens"] += boundary.num_appended
         assert not any(is_boundary(position) for position in range(start, len(mask) - 1))
         assert trajectory.source_mask == mask
-        self.seen["stopped at a boundary"] += trajectory.finish_reason == "stop"
+        self.seen["stopped at a boundary"] += trajectory.finish_reason == "stop" and bool(trajectory.boundaries)
 
 
-def _root(trajectory: Trajectory, members: Sequence[Trajectory | None]) -> int:
+def _root(trajectory: Trajectory, members: Mapping[int, Trajectory | None]) -> int:
     """Index of the member that it is a branch of, in the end."""
     one: Trajectory | None = trajectory
     while one is not None and one.branch is not None:

@@ -26,17 +26,22 @@ from longtail.engine.errors import LongtailError
 from longtail.engine.prompts import PromptLimits
 from longtail.scheduler.kv_policy import KvPolicy
 from longtail.scheduler.metadata import EXTRA_ARGS_KEY, MemberReport, report_of
+from longtail.scheduler.tree_place import BirthReport
 
 
 @dataclass
 class _InFlight:
-    """One request as a front end sees it; `name` is unique, as vLLM's internal request ids are."""
+    """One request as a front end sees it; `name` is unique, as vLLM's internal request ids are.
+
+    `prefix` is what it has of another path of its tree, on top of what it was submitted with.
+    """
 
     name: str
     request_id: str
     prompt: list[int]
     max_tokens: int
     metadata: dict[str, Any] | None
+    prefix: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -74,6 +79,10 @@ class StepDriver:
         self._rounds: set[str] = set()
         self._in_flight: dict[str, _InFlight] = {}
         self._numbers = itertools.count()
+        #: Of trees, by round, group and path: requests, and outputs of paths that had ended before.
+        self._paths: dict[tuple[str, str, int], _InFlight] = {}
+        self._ended_paths: dict[tuple[str, str, int], list[int]] = {}
+        self._reports: dict[str, MemberReport] = {}
         if version:
             self.change_weights(version)
 
@@ -184,7 +193,12 @@ class StepDriver:
         name = f"{request_id}-{next(self._numbers)}"
         metadata = None if params.extra_args is None else params.extra_args[EXTRA_ARGS_KEY]
         assert params.max_tokens is not None
-        self._in_flight[name] = _InFlight(name, request_id, list(token_ids), params.max_tokens, metadata)
+        one = self._in_flight[name] = _InFlight(name, request_id, list(token_ids), params.max_tokens, metadata)
+        if metadata is not None and (tree := metadata.get("tree")) is not None:
+            where = metadata["round"], metadata["group"]
+            self._paths[(*where, tree["path"])] = one
+            for ended in tree["ended"]:
+                self._ended_paths[(*where, ended["path"])] = ended["token_ids"]
         self.kv.scheduler.add_request(
             Request(
                 request_id=name,
@@ -202,6 +216,10 @@ class StepDriver:
 
     def _take(self, outputs: list[EngineCoreOutput]) -> None:
         for output in outputs:
+            report = report_of(output.kv_transfer_params)
+            if report is not None:
+                self._reports[output.request_id] = report
+        for output in outputs:
             if (one := self._in_flight.get(output.request_id)) is None:
                 continue
             one.tokens += output.new_token_ids
@@ -213,11 +231,15 @@ class StepDriver:
 
     def _finish(self, one: _InFlight, output: EngineCoreOutput) -> None:
         del self._in_flight[one.name]
+        report = report_of(output.kv_transfer_params)
+        if report is not None and report.birth is not None:
+            self._find_prefix(one, report.birth)
+            self.seen[f"births, {report.birth.reason}"] += 1
         self._check(one, output)
         if one.metadata is None:
             return
         if (key := one.metadata["park"]) is not None:
-            self.cut_sequences[key] = one.prompt + one.tokens
+            self.cut_sequences[key] = one.prompt + one.prefix + one.tokens
         spans = [
             SimpleNamespace(version=str(version), start=places[0], end=places[-1] + 1)
             for version, places in (
@@ -229,7 +251,7 @@ class StepDriver:
         ]
         completion = SimpleNamespace(
             token_ids=one.tokens,
-            logprobs=SimpleNamespace(logprobs=one.logprobs),
+            logprobs=SimpleNamespace(logprobs=one.logprobs, start_indices=range(len(one.logprobs))),
             weight_versions=spans,
             finish_reason=str(output.finish_reason),
             stop_reason=output.stop_reason,
@@ -242,15 +264,38 @@ class StepDriver:
             )
         )
 
+    def _birth_of(self, one: _InFlight) -> BirthReport | None:
+        known = self.kv.scheduler._members.get(one.name) or self._reports.get(one.name)
+        return None if known is None else known.birth
+
+    def _find_prefix(self, one: _InFlight, birth: BirthReport) -> None:
+        """Take note of what a path has of its parent."""
+        assert one.metadata is not None
+        if not one.prefix:
+            one.prefix = self._output_of(one.metadata, birth.parent)[: birth.at]
+            assert len(one.prefix) == birth.at
+
+    def _output_of(self, metadata: dict[str, Any], path: int) -> list[int]:
+        """All output that a path of the same tree has had so far."""
+        where = metadata["round"], metadata["group"], path
+        if where in self._ended_paths:
+            return self._ended_paths[where]
+        one = self._paths[where]
+        assert one.metadata is not None
+        if (birth := self._birth_of(one)) is not None:
+            self._find_prefix(one, birth)
+        num_prior = one.metadata["num_prior_tokens"]
+        return one.prompt[len(one.prompt) - num_prior :] + one.prefix + one.tokens
+
     def _check(self, one: _InFlight, output: EngineCoreOutput) -> None:
         """Hold the output against what the model read and did."""
         reads = {len(cells): cells for cells in self.kv.model.sampled_from.pop(one.name, [])}
-        sequence = one.prompt + one.tokens
-        num_prior = 0 if one.metadata is None else one.metadata["num_prior_tokens"]
+        sequence = one.prompt + one.prefix + one.tokens
+        num_prior = len(one.prefix) + (0 if one.metadata is None else one.metadata["num_prior_tokens"])
         assert num_prior + len(one.tokens) <= one.max_tokens
         if str(output.finish_reason) == "length":
             assert len(one.tokens) == min(
-                one.max_tokens - num_prior, self.engine.limits.max_model_len - len(one.prompt)
+                one.max_tokens - num_prior, self.engine.limits.max_model_len - len(one.prompt) - len(one.prefix)
             )
         assert one.logprobs == [-(token % 7) - 0.5 for token in one.tokens], "log-probs of other tokens"
         report = report_of(output.kv_transfer_params)
@@ -266,7 +311,7 @@ class StepDriver:
         num_shared = self._num_shared(one, report) if carry.share_prefix else 0
         expected: list[int] = []
         for index, version in enumerate(one.versions):
-            place = len(one.prompt) + index
+            place = len(one.prompt) + len(one.prefix) + index
             cells: Sequence[Cell] = reads[place]
             assert [token for token, _ in cells] == sequence[:place], f"{one.name} read the KV of other tokens"
             ages = [read for _, read in cells]
@@ -288,7 +333,24 @@ class StepDriver:
         if one.metadata is None or report is None:
             return len(one.prompt)
         key = one.metadata["park"]
+        if report.birth is not None:
+            # A prefix that the parent shared is its branches' too.
+            self._shared[key] = self._shared_with(one.metadata, report.birth.parent)
         num_shared = self._shared.get(key, 0) if report.num_parked_tokens else report.num_cached_tokens
         if key is not None:
             self._shared[key] = num_shared
         return num_shared
+
+    def _shared_with(self, metadata: dict[str, Any], path: int) -> int:
+        """`_num_shared` of a path of the same tree, which runs or has ended."""
+        parent = self._paths.get((metadata["round"], metadata["group"], path))
+        if parent is None or parent.metadata is None:
+            return len(self._output_of(metadata, path))
+        if (birth := self._birth_of(parent)) is not None:
+            return self._shared_with(metadata, birth.parent)
+        if (live := self.kv.scheduler._members.get(parent.name)) is not None:
+            num_cached, num_parked = live.num_cached, live.num_parked
+        else:
+            report = self._reports[parent.name]
+            num_cached, num_parked = report.num_cached_tokens, report.num_parked_tokens
+        return self._shared.get(parent.metadata["park"], 0) if num_parked else int(num_cached)

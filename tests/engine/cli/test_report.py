@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from longtail.engine.cli.report import render_report, write_report
@@ -16,9 +17,11 @@ from longtail.engine.cli.report_histogram import histogram_svg
 from longtail.engine.cli.report_samples import pick_samples
 from longtail.engine.cli.report_svg import nice_step
 from longtail.engine.cli.report_timeline import MAX_BARS, Timeline, timeline_svg
+from longtail.engine.cli.report_tree import tree_svg
 from longtail.engine.cli.round_summary import Lengths, Occupancy, RoundSummary
 from longtail.engine.trajectory import (
     CUT_STOP_REASON,
+    Branch,
     FinishReason,
     Group,
     Round,
@@ -397,3 +400,59 @@ def test_writing_replaces_the_file_in_one_step_and_takes_any_text(tmp_path: Path
 @pytest.mark.parametrize(("at_least", "step"), [(0.03, 0.05), (1.0, 1.0), (1.1, 2.0), (6, 10.0), (50, 50.0)])
 def test_steps_are_round_numbers(at_least: float, step: float) -> None:
     assert nice_step(at_least) == pytest.approx(step)
+
+
+def tree_group(rewards: list[float] | None = None) -> Group:
+    """`a0` to the end; `a1` and `a2` leave it, `a3` leaves `a1`, and `a4` began inside of `a0`."""
+    places = {1: Branch(of=0, at=4, reason="boundary", probability=0.5), 2: Branch(of=0, at=8, reason="boundary"),
+              3: Branch(of=1, at=6), 4: Branch(of=0, at=2, reason="fallback", probability=0.25)}  # fmt: skip
+    members = [member(f"a{index}", 12, 0.0, 4.0) for index in range(5)]
+    return group(
+        *(
+            msgspec.structs.replace(one, branch=places.get(one.index), reward=None if rewards is None else rewards[i])
+            for i, one in enumerate(members)
+        )
+    )
+
+
+def test_the_picture_of_a_tree_has_each_own_token_once() -> None:
+    svg = ElementTree.fromstring(tree_svg(tree_group()))
+    bars = [one for one in svg.iter() if one.tag.endswith("rect")]
+    per_token = float(bars[0].attrib["width"]) / 12
+    widths = sorted(round(float(bar.attrib["width"]) / per_token) for bar in bars)
+    assert widths == [4, 6, 8, 10, 12]
+    links = [one.attrib["class"] for one in svg.iter() if one.attrib.get("class", "").startswith("link")]
+    assert sorted(links) == ["link", "link", "link", "link fallback"]
+    titles = [one.text or "" for one in svg.iter() if one.tag.endswith("title")]
+    assert any("left member 0 after 4 tokens (boundary, probability 0.5)" in title for title in titles)
+
+
+def test_lines_of_a_tree_cross_no_bar() -> None:
+    rng = random.Random(4)
+    members = [member("a0", 40, 0.0, 4.0)]
+    for index in range(1, 10):
+        of = rng.randrange(index)
+        start = members[of].branch.at if members[of].branch is not None else 0  # type: ignore[union-attr]
+        branch = Branch(of=of, at=rng.randint(start, 30), reason="boundary")
+        members.append(msgspec.structs.replace(member(f"a{index}", 40, 0.0, 4.0), branch=branch))
+    svg = ElementTree.fromstring(tree_svg(group(*members)))
+    bars = [
+        tuple(float(one.attrib[name]) for name in ("x", "y", "width", "height"))
+        for one in svg.iter() if one.tag.endswith("rect")
+    ]  # fmt: skip
+    for one in svg.iter():
+        if one.attrib.get("class", "").startswith("link"):
+            x, y1, y2 = map(float, re.findall(r"[\d.]+", one.attrib["d"]))
+            assert y1 < y2
+            for left, top, width, height in bars:
+                inside = left + 0.2 < x < left + width - 0.2 and y1 < top + height / 2 < y2 - height
+                assert not inside, "a line crosses a bar"
+
+
+def test_a_report_draws_the_trees_of_its_groups() -> None:
+    page = render_report([round_of([tree_group([0.0, 0.5, 1.0, 0.25, 0.75])])], title="t", settings={})
+    assert page.count('<details class="tree"') == 1
+    assert "5 trajectories, 4 of them branches; they have 60 tokens, of which 40 were sampled: 33% are shared" in page
+    assert "Rewards from 0.00 to 1.00, mean 0.50" in page
+    assert {f"reward-{shade}" for shade in (0, 1, 2, 3, 4)} <= set(re.findall(r'class="(reward-\d)"', page))
+    assert "Trees</h3>" not in render_report([round_of([group(member("a0", 3, 0.0, 1.0))])], title="t", settings={})

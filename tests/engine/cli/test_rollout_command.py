@@ -472,3 +472,19 @@ def test_killed_runs_leave_whole_lines_and_are_completed(tiny_model: Path, tmp_p
     assert all(group.complete for group in groups)
     again = {t.group_id for t in list(read_trajectories(out))[num_before:]}
     assert again.isdisjoint(complete)  # only what was missing was run
+
+
+def test_a_tree_has_one_option(engines: list[FakeEngine], prompts: Path, model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    options = ("--prompts", prompts, "--model", model_folder, "--out", out, "--num-prompts", 2)
+    wrong = run(*options, "--tree", "width=4,depth=2,segments=8")
+    assert wrong.exit_code != 0
+    assert "--tree" in wrong.output
+    assert "segment_tokens" in wrong.output
+    assert run(*options, "--tree", "width=4,depth=2,segment_tokens=8,fallback=none").exit_code != 0
+    result = run(*options, "--tree", "width=4,depth=2,segment_tokens=8,split=logprob")
+    assert result.exit_code == 0, result.output
+    settings = load_settings(out)
+    assert settings.group_size == 4
+    assert settings.sampling == {"tree": {"width": 4, "depth": 2, "segment_tokens": 8, "split": "logprob"}}
+    assert len(list(read_trajectories(out))) == 8

@@ -197,3 +197,37 @@ def test_a_round_of_many_members_lets_other_requests_through(http: httpx.Client,
     assert len(trajectories) == 512
     assert last["stats"]["num_complete_groups"] == 128
     assert slowest_s < round_s / 2
+
+
+def test_trees_come_out_whole_and_leave_nothing(http: httpx.Client) -> None:
+    tree = {"width": 6, "depth": 4, "segment_tokens": 5}
+    body = {
+        "prompts": [{"token_ids": PROMPT}, {"token_ids": [*PROMPT, 7]}],
+        "sampling": {"temperature": 0, "ignore_eos": True, "max_tokens": 400, "tree": tree},
+    }
+    trajectories, last = round_of(read_lines(http.post("/v1/rollouts", json=body)))
+    plain = {**body, "sampling": {"temperature": 0, "ignore_eos": True, "max_tokens": 20}}
+    whole = {t["group_id"]: t for t in round_of(read_lines(http.post("/v1/rollouts", json=plain)))[0]}
+    assert len(trajectories) == 12
+    for trajectory in trajectories:
+        same = whole[trajectory["group_id"]]
+        assert trajectory["output_token_ids"] == same["output_token_ids"]
+        assert trajectory["text"] == same["text"]
+        assert trajectory["tokens"]["recomputed"] == 0
+    branches = [t["branch"] for t in trajectories if t["branch"] is not None]
+    assert len(branches) == 10
+    assert {branch["at"] for branch in branches} <= {5, 10, 15}
+    assert last["stats"]["num_complete_groups"] == 2
+    assert last["stats"]["num_output_tokens"] < 12 * 20
+
+
+def test_a_wrong_tree_is_named(http: httpx.Client) -> None:
+    for sampling, field in (
+        ({"tree": {"width": 6, "depth": 4}}, "sampling.tree.segment_tokens"),
+        ({"tree": {"width": 6, "depth": 4, "segment_tokens": 0}}, "tree.segment_tokens"),
+        ({"tree": 3}, "sampling.tree"),
+        ({"stop_repetition": {"max_pattern": 0}}, "sampling.stop_repetition.max_pattern"),
+    ):
+        response = http.post("/v1/rollouts", json={"prompts": [{"token_ids": PROMPT}], "sampling": sampling})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == field
