@@ -34,6 +34,7 @@ from longtail.engine.patches import (
     prior_output,
     request_check,
     resumed_seeds,
+    trees,
     worker_report,
     worker_weights,
 )
@@ -60,7 +61,7 @@ ENTRIES: tuple[Entry, ...] = (
 
 #: What changes no module or class of vLLM's for good: swapped while an engine is built and put back, or replaced in the
 #: objects of one engine. Its sources are checked, it has no state.
-PASSING: tuple[Entry, ...] = (fast_start.ENTRY, kv_parking.ENTRY)
+PASSING: tuple[Entry, ...] = (fast_start.ENTRY, kv_parking.ENTRY, trees.ENTRY)
 
 #: `armed`: the module that the entry changes is not imported in this process, and its import will make the change.
 State = Literal["applied", "armed", "not needed", "missing"]
