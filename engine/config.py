@@ -280,6 +280,19 @@ class SamplingConfig:
         if self.seed is not None:
             _check_int("sampling.seed", self.seed, 0, MAX_SEED)
 
+    def num_members(self, group_size: int) -> int:
+        """Members of a group: `group_size`, or the width of the tree, which `group_size` may say too.
+
+        Raises:
+            InvalidInputError: it says something else.
+
+        """
+        if self.tree is None:
+            return group_size
+        if group_size not in (1, self.tree.width):
+            raise InvalidInputError("group_size", f"{self.tree.width}, the width of the tree, or nothing", group_size)
+        return self.tree.width
+
     @property
     def has_boundaries(self) -> bool:
         """Trajectories stop for `on_boundary` hooks."""

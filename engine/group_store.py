@@ -22,11 +22,15 @@ from msgspec.structs import replace
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.group_state import GroupState, token_spans
 from longtail.engine.journal import Journal, JournalError
+from longtail.engine.packed_groups import PackedTrajectory, pack, pack_members, unpack, unpack_members
 from longtail.engine.trajectory import Round, Trajectory
 
 _FLUSH_INTERVAL_S = 1.0
 #: More than this does not go into one frame of the journal, unless a single record is larger.
 _MAX_FRAME_BYTES = 1 << 28
+
+
+_Place = Literal["carried", "banked", "returned"]
 
 
 class _Record(msgspec.Struct, tag=True, frozen=True):
@@ -41,14 +45,14 @@ class _Submitted(_Record, frozen=True):
 class _MemberEnded(_Record, frozen=True):
     serial: int
     index: int
-    member: Trajectory
+    member: PackedTrajectory
     num_computed: int
 
 
 class _Branched(_Record, frozen=True):
     serial: int
-    parent: Trajectory
-    members: list[Trajectory]
+    parent: PackedTrajectory
+    members: list[PackedTrajectory]
 
 
 class _Restarted(_Record, frozen=True):
@@ -62,7 +66,7 @@ class _Filtered(_Record, frozen=True):
 
 class _Banked(_Record, frozen=True):
     serial: int
-    members: list[Trajectory]
+    members: list[PackedTrajectory | None]
     metadata: dict[str, Any] | None = None
 
 
@@ -89,8 +93,11 @@ class _State(_Record, frozen=True):
 
 
 class _Held(_Record, frozen=True):
+    """`group` is without its members."""
+
     group: GroupState
-    place: Literal["carried", "banked", "returned"]
+    members: list[PackedTrajectory | None]
+    place: _Place
 
 
 class StoreTotals(msgspec.Struct):
@@ -178,14 +185,17 @@ class GroupStore:
 
     def end_member(self, serial: int, index: int, member: Trajectory, num_computed: int) -> None:
         """A member of a carried group ended, or was cut."""
-        self._commit(_MemberEnded(serial, index, member, num_computed))
+        self._commit(_MemberEnded(serial, index, pack(member, self._members_of(serial)), num_computed))
 
     def branch(self, serial: int, parent: Trajectory, members: Sequence[Trajectory]) -> None:
         """Branches join a carried group; on the disk when it returns.
 
         With what `parent` had then, if it runs: should its tokens be lost, those of its branches are still its own.
         """
-        self._commit(_Branched(serial, parent, list(members)), durable=True)
+        known = self._members_of(serial)
+        packed = pack(parent, known)
+        known[parent.index] = parent
+        self._commit(_Branched(serial, packed, [pack(member, known) for member in members]), durable=True)
 
     def restart(self, serial: int) -> None:
         """A carried or banked group begins again from its prompt."""
@@ -197,7 +207,7 @@ class GroupStore:
 
     def bank(self, serial: int, members: Sequence[Trajectory], metadata: dict[str, Any] | None = None) -> None:
         """A carried group is complete and accepted; `members` and `metadata` are how the hooks left it."""
-        self._commit(_Banked(serial, list(members), metadata))
+        self._commit(_Banked(serial, pack_members(members), metadata))
 
     def begin_round(self) -> int:
         """The next round's number. The last round was received, as its receiver goes on."""
@@ -259,10 +269,12 @@ class GroupStore:
                 self.totals.num_submitted += len(groups)
             case _MemberEnded(serial, index, member, num_computed):
                 group = self.carried[serial]
-                group.members[index] = member
+                group.members[index] = unpack(member, self._members_of(serial))
                 group.num_computed[index] = num_computed
             case _Branched(serial, parent, members):
-                self.carried[serial].add_branches(parent, members)
+                known = self._members_of(serial)
+                whole = known[parent.index] = unpack(parent, known)
+                self.carried[serial].add_branches(whole, [unpack(member, known) for member in members])
             case _Restarted(serial):
                 group = self._remove(serial)
                 group.restart(self.totals.num_rounds)
@@ -272,7 +284,7 @@ class GroupStore:
                 self.totals.num_filtered += 1
             case _Banked(serial, members, metadata):
                 group = self.carried.pop(serial)
-                group.members, group.metadata = list(members), metadata
+                group.members, group.metadata = unpack_members(members), metadata
                 self.banked[serial] = group
             case _RoundBegan(round_no):
                 self.totals.num_rounds = round_no
@@ -286,11 +298,15 @@ class GroupStore:
                 self.totals.num_accepted += 1
             case _State(totals, returned):
                 self.totals, self.recovered = totals, returned
-            case _Held(group, place):
+            case _Held(group, members, place):
+                group.members = unpack_members(members)
                 places = {"carried": self.carried, "banked": self.banked, "returned": self._returned}
                 places[place][group.serial] = group
             case _:
                 raise AssertionError(record)
+
+    def _members_of(self, serial: int) -> dict[int, Trajectory | None]:
+        return dict(enumerate(self.carried[serial].members))
 
     def _remove(self, serial: int) -> GroupState:
         return self.carried.pop(serial) if serial in self.carried else self.banked.pop(serial)
@@ -301,7 +317,7 @@ class GroupStore:
         for number, payload in enumerate(journal.take()):
             try:
                 self._apply(_decoder.decode(payload))
-            except (msgspec.DecodeError, KeyError, IndexError) as error:
+            except (msgspec.DecodeError, ValueError, KeyError, IndexError) as error:
                 raise JournalError(
                     journal.path, f"record {number} is not one of a longtail store ({error!r})"
                 ) from error
@@ -322,10 +338,14 @@ class GroupStore:
         self.flush()
         returned = None if self.recovered is None else replace(self.recovered, groups=[])
         records: list[_Record] = [_State(self.totals, returned)]
-        records += [_Held(group, "returned") for group in self._returned.values()]
-        records += [_Held(group, "banked") for group in self.banked.values()]
-        records += [_Held(group, "carried") for group in self.carried.values()]
+        records += [_held(group, "returned") for group in self._returned.values()]
+        records += [_held(group, "banked") for group in self.banked.values()]
+        records += [_held(group, "carried") for group in self.carried.values()]
         return [_encode(record) for record in records]
+
+
+def _held(group: GroupState, place: _Place) -> _Held:
+    return _Held(replace(group, members=[]), pack_members(group.members), place)
 
 
 def _encode(record: _Record) -> bytes:

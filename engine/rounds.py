@@ -187,8 +187,6 @@ def check_arguments(
         InvalidInputError: names the argument.
 
     """
-    if not isinstance(sampling, SamplingConfig):
-        raise InvalidInputError("sampling", "a SamplingConfig", sampling)
     check_count("group_size", group_size, MAX_GROUP_SIZE)
     for name in ("stop", "boundary_strings", "stop_at_boxed"):
         if (value := getattr(sampling, name)) and tokenizer is None:

@@ -122,7 +122,33 @@ class Boundary(msgspec.Struct, frozen=True, kw_only=True):
     num_appended: int = 0
 
 
-class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
+class TrajectoryFields(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of `Trajectory`, unchecked."""
+
+    trajectory_id: str
+    round_id: str
+    group_id: str
+    index: int
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    logprobs: list[float]
+    source_mask: list[int]
+    loss_mask: list[int] = []
+    weight_versions: list[VersionSpan]
+    segments: list[Segment] = []
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    text: str | None = None
+    seed: int | None = None
+    branch: Branch | None = None
+    boundaries: list[Boundary] = []
+    reward: float | None = None
+    timings: Timings
+    tokens: TokenCounts
+    metadata: dict[str, Any] = {}
+
+
+class Trajectory(TrajectoryFields, frozen=True, kw_only=True):
     """One sample, prompt to end, token by token.
 
     Attributes:
@@ -158,28 +184,6 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True):
         ValueError: the arrays do not have one length, or the versions do not cover the output.
 
     """
-
-    trajectory_id: str
-    round_id: str
-    group_id: str
-    index: int
-    prompt_token_ids: list[int]
-    output_token_ids: list[int]
-    logprobs: list[float]
-    source_mask: list[int]
-    loss_mask: list[int] = []
-    weight_versions: list[VersionSpan]
-    segments: list[Segment] = []
-    finish_reason: FinishReason
-    stop_reason: str | int | None = None
-    text: str | None = None
-    seed: int | None = None
-    branch: Branch | None = None
-    boundaries: list[Boundary] = []
-    reward: float | None = None
-    timings: Timings
-    tokens: TokenCounts
-    metadata: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         num_tokens = len(self.output_token_ids)
@@ -240,19 +244,24 @@ def _cover(spans: list[VersionSpan | Segment], num_tokens: int) -> bool:
     return covered == num_tokens
 
 
-class Group(msgspec.Struct, frozen=True, kw_only=True):
+class GroupFields(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of `Group`, but for its trajectories."""
+
+    group_id: str
+    complete: bool
+    num_dismissed: int = 0
+    metadata: dict[str, Any] = {}
+    rejected: str | None = None
+
+
+class Group(GroupFields, frozen=True, kw_only=True):
     """The samples of one prompt, ordered by `index`.
 
     `complete` is true when every member finished by itself (`stop`, `length` or `repetition`). `rejected` says why a
     group was filtered. `num_dismissed` members of a tree never began: it had no branch for them.
     """
 
-    group_id: str
     trajectories: list[Trajectory]
-    complete: bool
-    num_dismissed: int = 0
-    metadata: dict[str, Any] = {}
-    rejected: str | None = None
 
 
 class RoundStats(msgspec.Struct, frozen=True, kw_only=True):

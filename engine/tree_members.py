@@ -35,14 +35,11 @@ def checked_width(group_size: int, sampling: SamplingConfig, *, can_fork: bool) 
         InvalidInputError: they contradict each other, or `can_fork` is asked for of a tree.
 
     """
-    if not isinstance(sampling, SamplingConfig) or sampling.tree is None:
-        return group_size
-    if can_fork:
+    if not isinstance(sampling, SamplingConfig):
+        raise InvalidInputError("sampling", "a SamplingConfig", sampling)
+    if can_fork and sampling.tree is not None:
         raise InvalidInputError("can_fork", "false, because the trees of this round grow by themselves", can_fork)
-    width = sampling.tree.width
-    if group_size not in (1, width):
-        raise InvalidInputError("group_size", f"{width}, the width of the tree, or nothing", group_size)
-    return width
+    return sampling.num_members(group_size)
 
 
 def check_budgets(prompts: Sequence[TokenPrompt], sampling: SamplingConfig) -> None:

@@ -185,6 +185,7 @@ class BridgeFleet:
         bound = self._bound(timeout_s)
         deadline = time.monotonic() + bound
         bell = Bell()
+        group_size = sampling.num_members(group_size)
         shares = self._shares(prompts, target_groups, group_size, sampling.seed, carry=carry)
         calls: list[tuple[BridgeClient, Call[RoundReader]]] = []
         for e, (own, share) in shares.items():
@@ -219,6 +220,7 @@ class BridgeFleet:
         """Groups of all engines as they are complete; see `BridgeClient.stream`. `num_groups` is shared out."""
         bound = self._bound(timeout_s)
         bell = Bell()
+        group_size = sampling.num_members(group_size)
         calls: list[tuple[BridgeClient, Call[StreamReader]]] = []
         for e, (own, share) in self._shares(prompts, num_groups, group_size, sampling.seed, carry=True).items():
             call = self.clients[e]._calls.start_stream(

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from longtail.engine.config import SamplingConfig
+from longtail.engine.packed_groups import PackedGroup, pack_group, unpack_group
 from longtail.engine.prompts import Prompt
 from longtail.engine.trajectory import Group, Round, Trajectory
 from longtail.scheduler.errors import InvalidInputError, LongtailError, shown
@@ -536,7 +537,7 @@ _to_service: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToService)
 _to_client: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToClient)
 _prompts = msgspec.msgpack.Decoder(list[Prompt])
 _results: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind) for kind in (Group, Round, Trajectory)
+    kind: msgspec.msgpack.Decoder(PackedGroup if kind is Group else kind) for kind in (Group, Round, Trajectory)
 }
 
 
@@ -556,8 +557,11 @@ def encode(message: Message, payload: Buffer | None = None) -> list[Buffer]:
 
 
 def encode_payload(value: Any) -> bytes:
-    """What goes into a third frame: a `Group`, a `Round`, a `Trajectory` or a list of prompts."""
-    return _encoder.encode(value)
+    """What goes into a third frame: a `Group`, a `Round`, a `Trajectory` or a list of prompts.
+
+    A group goes as a `PackedGroup`: what its trajectories share by branches is sent once.
+    """
+    return _encoder.encode(pack_group(value) if isinstance(value, Group) else value)
 
 
 def decode_to_service(frames: Sequence[Buffer]) -> tuple[ToService, memoryview]:
@@ -599,8 +603,14 @@ def decode_result(payload: Buffer, kind: type[Result]) -> Result:
         WireError: it is not one.
 
     """
-    result: Result = _decode_payload(payload, _results[kind])
-    return result
+    result: Any = _decode_payload(payload, _results[kind])
+    if isinstance(result, PackedGroup):
+        try:
+            result = unpack_group(result)
+        except ValueError as error:
+            raise WireError("payload", str(error), bytes(memoryview(payload)[:60])) from error
+    value: Result = result
+    return value
 
 
 def _decode(frames: Sequence[Buffer], decoder: msgspec.msgpack.Decoder[Any]) -> tuple[Any, memoryview]:

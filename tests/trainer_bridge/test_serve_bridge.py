@@ -15,7 +15,7 @@ from bridge_processes import ServiceProcess
 from raw_bridge_client import RawBridgeClient, raw_client, tensors_of, wait_until
 from typer.testing import CliRunner
 
-from longtail.engine import CarryConfig, EngineConfig, RolloutEngine, SamplingConfig
+from longtail.engine import CarryConfig, EngineConfig, RolloutEngine, SamplingConfig, TreeSpec
 from longtail.engine.cli.app import app
 from longtail.engine.trajectory import Group
 from longtail.trainer_bridge import wire
@@ -373,3 +373,30 @@ def test_keys_are_written_and_said(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["keys", str(folder), "--client", "a"])
     assert result.exit_code == 2
     assert "folder: expected a folder without these keys" in result.stderr
+
+
+def test_trees_are_grown_for_a_trainer(client: RawBridgeClient) -> None:
+    tree = TreeSpec(width=6, depth=4, segment_tokens=5)
+    client.start("trees", 2, group_size=6, sampling=SamplingConfig(max_tokens=64, ignore_eos=True, seed=3, tree=tree))
+    groups, end = client.read_round("trees")
+    check(groups)
+    assert len(groups) == 2
+    for group in groups:
+        by_index = {one.index: one for one in group.trajectories}
+        assert sorted(by_index) == list(range(6))
+        assert sum(one.branch is None for one in group.trajectories) == 1
+        for one in group.trajectories:
+            assert len(one.output_token_ids) == tree.max_tokens
+            if one.branch is not None:
+                parent = by_index[one.branch.of]
+                assert one.output_token_ids[: one.branch.at] == parent.output_token_ids[: one.branch.at]
+                assert one.branch.reason == "boundary"
+    assert end.stats.num_complete_groups == 2
+
+
+def test_a_wrong_tree_is_refused_by_name(client: RawBridgeClient) -> None:
+    tree = TreeSpec(width=6, depth=4, segment_tokens=5)
+    client.start("wrong", 2, group_size=4, sampling=SamplingConfig(tree=tree))
+    failed = client.wait_for(wire.RoundFailed)
+    assert failed.round_id == "wrong"
+    assert "group_size" in failed.message

@@ -172,7 +172,7 @@ class BridgeCalls:
         preview: bool,
     ) -> Call[RoundReader]:
         """Start a round, or take up one that runs already; `on_change` is called when its reader has more to do."""
-        _check_round(group_size, sampling, "round_id", round_id)
+        group_size = _checked_size(group_size, sampling, "round_id", round_id)
         payload, feed = None, None
         if not carry:
             payload = encode_prompts(prompts, 0)
@@ -215,7 +215,7 @@ class BridgeCalls:
         stream_id: str | None,
     ) -> Call[StreamReader]:
         """Start a stream, or take up one that runs already."""
-        _check_round(group_size, sampling, "stream_id", stream_id)
+        group_size = _checked_size(group_size, sampling, "stream_id", stream_id)
         _check_count("num_groups", num_groups)
         feed = None if prompts is None else PromptFeed(prompts, group_size, num_groups)
         name = stream_id or STREAM_IDS + secrets.token_hex(8)
@@ -327,7 +327,8 @@ def _check_count(field: str, value: object, high: int = 1 << 31) -> None:
         raise InvalidInputError(field, f"an integer in [1, {high}]", value)
 
 
-def _check_round(group_size: object, sampling: object, field: str, round_id: object) -> None:
+def _checked_size(group_size: int, sampling: object, field: str, round_id: object) -> int:
+    """Check what a round and a stream have in common; returns the members of a group."""
     _check_count("group_size", group_size)
     if not isinstance(sampling, SamplingConfig):
         raise InvalidInputError("sampling", "a SamplingConfig", sampling)
@@ -335,3 +336,4 @@ def _check_round(group_size: object, sampling: object, field: str, round_id: obj
         _check_name(field, round_id)
         if str(round_id).startswith(MADE_UP):
             raise InvalidInputError(field, f"a name that does not begin with {MADE_UP}, as made-up ones do", round_id)
+    return sampling.num_members(group_size)

@@ -1,0 +1,137 @@
+"""Groups in which every token is once: what is kept in a journal, and sent to a trainer.
+
+A branch leaves out the tokens that it has of the trajectory that it left, with their log-probs, masks, versions and
+segments, which belong to that one. Taking them in again gives exactly what there was: a branch of which that is not
+true, because a hook has changed it, stays whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from longtail.engine.trajectory import Group, GroupFields, Trajectory, TrajectoryFields, VersionSpan
+
+_ARRAYS = ("output_token_ids", "logprobs", "source_mask", "loss_mask")
+
+
+class PackedTrajectory(TrajectoryFields, frozen=True, kw_only=True):
+    """A trajectory without its first `num_shared` output tokens, which are those of member `branch.of` of its group.
+
+    The arrays begin after them; spans and segments too, their positions counted in the whole trajectory.
+    """
+
+    num_shared: int = 0
+
+
+class PackedGroup(GroupFields, frozen=True, kw_only=True):
+    """A group of packed trajectories."""
+
+    trajectories: list[PackedTrajectory]
+
+
+def pack(trajectory: Trajectory, members: Mapping[int, Trajectory | None]) -> PackedTrajectory:
+    """One member of a group; `members` are the others, as far as they are known, by index."""
+    fields = _fields_of(trajectory)
+    branch = trajectory.branch
+    if branch is None or not branch.at or members.get(branch.of) is None:
+        return PackedTrajectory(**fields)
+    at = branch.at
+    packed = PackedTrajectory(
+        **fields
+        | {name: fields[name][at:] for name in _ARRAYS}
+        | {
+            name: [replace(span, start=max(span.start, at)) for span in fields[name] if span.end > at]
+            for name in ("weight_versions", "segments")
+        },
+        num_shared=at,
+    )
+    try:
+        is_exact = unpack(packed, members) == trajectory
+    except ValueError:
+        is_exact = False
+    return packed if is_exact else PackedTrajectory(**fields)
+
+
+def unpack(packed: PackedTrajectory, members: Mapping[int, Trajectory | None]) -> Trajectory:
+    """The trajectory; `members` has the one that it left.
+
+    Raises:
+        ValueError: that is not there, or has not so many tokens, or what comes of it is no trajectory.
+
+    """
+    fields = _fields_of(packed)
+    if not (at := packed.num_shared):
+        return Trajectory(**fields)
+    parent = None if packed.branch is None else members.get(packed.branch.of)
+    if parent is None or not 0 < at <= len(parent.output_token_ids):
+        raise ValueError(f"trajectory {packed.trajectory_id}: nothing has its first {at} tokens")
+    fields |= {name: getattr(parent, name)[:at] + fields[name] for name in _ARRAYS}
+    versions = [*_upto(parent.weight_versions, at), *packed.weight_versions]
+    fields["weight_versions"] = _merged(versions)
+    fields["segments"] = [*_upto(parent.segments, at), *packed.segments]
+    return Trajectory(**fields)
+
+
+def pack_members(members: Sequence[Trajectory | None]) -> list[PackedTrajectory | None]:
+    """The members of a group."""
+    by_index = {one.index: one for one in members if one is not None}
+    return [None if one is None else pack(one, by_index) for one in members]
+
+
+def unpack_members(packed: Sequence[PackedTrajectory | None]) -> list[Trajectory | None]:
+    """The members again, whatever their order.
+
+    Raises:
+        ValueError: see `unpack`.
+
+    """
+    left = {one.index: one for one in packed if one is not None}
+    done: dict[int, Trajectory | None] = {}
+    while left:
+        ready = [one for one in left.values() if not one.num_shared or one.branch is None or one.branch.of in done]
+        # Members that wait for each other, or for one that is not here: `unpack` says which.
+        for one in ready or list(left.values()):
+            done[one.index] = unpack(one, done)
+            del left[one.index]
+    return [None if one is None else done[one.index] for one in packed]
+
+
+def pack_group(group: Group) -> PackedGroup:
+    """A whole group."""
+    members = [one for one in pack_members(group.trajectories) if one is not None]
+    return PackedGroup(**_fields_of(group) | {"trajectories": members})
+
+
+def unpack_group(packed: PackedGroup) -> Group:
+    """The group again.
+
+    Raises:
+        ValueError: see `unpack`.
+
+    """
+    members = [one for one in unpack_members(packed.trajectories) if one is not None]
+    return Group(**_fields_of(packed) | {"trajectories": members})
+
+
+def _fields_of(value: TrajectoryFields | GroupFields) -> dict[str, Any]:
+    fields = msgspec.structs.asdict(value)
+    fields.pop("num_shared", None)
+    return fields
+
+
+def _upto(spans: Sequence[Any], end: int) -> list[Any]:
+    return [replace(span, end=min(span.end, end)) for span in spans if span.start < end]
+
+
+def _merged(spans: Sequence[VersionSpan]) -> list[VersionSpan]:
+    """Neighbours of one version are one span."""
+    merged: list[VersionSpan] = []
+    for span in spans:
+        if merged and merged[-1].version == span.version:
+            span = VersionSpan(span.version, merged.pop().start, span.end)
+        merged.append(span)
+    return merged
