@@ -97,6 +97,7 @@ class SchedulerHarness:
         rollout: Mapping[str, Any] | str | None = None,
         *,
         resumable: bool = False,
+        cache_salt: str | None = None,
         **params: Any,
     ) -> Request:
         """Enqueue a request as the engine core would; `rollout` is its metadata."""
@@ -112,6 +113,7 @@ class SchedulerHarness:
             sampling_params=sampling,
             pooling_params=None,
             block_hasher=self._hasher,
+            cache_salt=cache_salt,
             resumable=resumable,
         )
         self.scheduler.add_request(request)

@@ -127,11 +127,11 @@ class _Tree:
     def take(self, index: int, *, by_itself: bool) -> None:
         """A path has its segment."""
         num_tokens = len(self.paths[index].token_ids) - len(self.prompt)
-        figures = PathFigures(num_tokens=num_tokens)
-        if by_itself or self.policy.is_over(num_tokens):
-            self._do(self.policy.end(index, figures, by_itself=by_itself))
+        if by_itself or num_tokens >= self.spec.max_tokens:
+            self.policy.end(index, num_tokens, by_itself=by_itself)
+            self._do(self.policy.settle())
         else:
-            self._do(self.policy.reach(index, figures))
+            self._do(self.policy.reach(index, PathFigures(num_tokens=num_tokens)))
 
     def _do(self, step: TreeStep) -> None:
         for birth in step.births:

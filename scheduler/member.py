@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from longtail.scheduler.boundaries import BoundarySpec
-from longtail.scheduler.boxed import BOXED_STOP_REASON
 from longtail.scheduler.kv_policy import FRESH, KvPolicy, KvVersions
 from longtail.scheduler.metadata import MemberReport, RolloutMetadata
 from longtail.scheduler.tree_place import BirthReport
@@ -23,8 +22,9 @@ class Member:
 
     An episode is the time between two losses of its KV. `start` is where the current one began (tokens whose KV was
     there), `None` while it is not in the batch; `frontier` is the longest prefix that ever had KV. `num_renewals`
-    counts how often new weights took its KV. `history` is there if it may be forked. `stop` is what ends it that the
-    front end does not look for: stop strings, or `BOXED_STOP_REASON`. `birth` is how it left another path of its tree.
+    counts how often new weights took its KV. `history` is there if it may be forked. `stop` are stop
+    strings that the front end does not look for, and `stops_at_boxed` is whether a boxed answer ends it. `birth` is how
+    it left another path of its tree.
     """
 
     request: Request
@@ -46,6 +46,7 @@ class Member:
     history: History | None = None
     boundary: BoundarySpec | None = None
     stop: tuple[str, ...] = ()
+    stops_at_boxed: bool = False
     is_unborn: bool = False
     birth: BirthReport | None = None
     segments: list[tuple[int, list[tuple[str, int, int]]]] = field(default_factory=list)
@@ -62,7 +63,8 @@ class Member:
             num_prior=metadata.num_prior_tokens,
             frontier=metadata.num_computed_tokens,
             boundary=metadata.boundary,
-            stop=(*metadata.stop, BOXED_STOP_REASON) if metadata.stop_at_boxed else metadata.stop,
+            stop=metadata.stop,
+            stops_at_boxed=metadata.stop_at_boxed,
             is_unborn=metadata.tree is not None and not metadata.tree.has_begun,
         )
 

@@ -22,10 +22,9 @@ def check_request(metadata: RolloutMetadata, request: Request, kv_refusal: str |
         InvalidInputError: names the field.
 
     """
-    if metadata.can_fork and (refusal := kv_refusal or cannot_fork(request)) is not None:
-        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.can_fork", f"false, because of {refusal}", metadata.can_fork)
-    if metadata.tree is not None and (refusal := kv_refusal or cannot_fork(request)) is not None:
-        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.tree", f"nothing, because of {refusal}", metadata.tree.path)
+    for name, instead in (("can_fork", "false"), ("tree", "nothing")):
+        if (value := getattr(metadata, name)) and (refusal := kv_refusal or cannot_fork(request)) is not None:
+            raise InvalidInputError(f"{EXTRA_ARGS_KEY}.{name}", f"{instead}, because of {refusal}", value)
     if request.resumable:
         raise InvalidInputError(EXTRA_ARGS_KEY, "a request whose prompt is there at once", "streaming input")
     if metadata.num_prior_tokens and request.prompt_embeds is not None:
@@ -73,6 +72,15 @@ def tell_worker(request: Request, metadata: RolloutMetadata) -> None:
     slim = msgspec.to_builtins(msgspec.structs.replace(metadata, tree=None))
     params.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: slim}
     request.sampling_params = params
+
+
+def keep_first(request: Request, output: EngineCoreOutput, count: int) -> None:
+    """Take back all but the first `count` tokens that a step gave a request."""
+    if num_over := len(output.new_token_ids) - count:
+        del request._output_token_ids[-num_over:], request._all_token_ids[-num_over:]
+        del output.new_token_ids[count:]
+        if output.new_logprobs is not None:
+            output.new_logprobs = output.new_logprobs.slice_request(0, count)
 
 
 def attach_report(output: EngineCoreOutput, report: MemberReport) -> None:

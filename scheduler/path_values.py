@@ -12,6 +12,8 @@ from longtail.scheduler.tree_policy import PathFigures, SplitBy
 #: Log-probabilities that the engine gives for each position where trees split by entropy, besides the sampled one.
 NUM_ENTROPY_LOGPROBS = 20
 
+_LOWEST = -9999.0
+
 
 class PathValues:
     """The values of one path.
@@ -71,9 +73,11 @@ def values_of(split: SplitBy, logprobs: npt.NDArray[np.float32]) -> list[float]:
         One value a token. Entropies, in nats, take all that the N leave for one token more: they are a lower bound.
 
     """
+    # vLLM's own bound; a model that makes NaNs must not stop the scheduler.
+    logprobs = np.nan_to_num(logprobs.astype(np.float64), nan=_LOWEST, posinf=0.0, neginf=_LOWEST)
     if split == "logprob":
         return list(map(float, logprobs[:, 0]))
-    top = logprobs[:, 1:].astype(np.float64)
+    top = logprobs[:, 1:]
     mass = np.exp(top)
     rest = np.clip(1.0 - mass.sum(axis=1), 0.0, 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):

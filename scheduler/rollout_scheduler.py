@@ -33,12 +33,19 @@ from longtail.scheduler.boxed import BOXED_STOP_REASON
 from longtail.scheduler.errors import InvalidInputError
 from longtail.scheduler.forking import Forking
 from longtail.scheduler.member import Member
-from longtail.scheduler.member_requests import attach_report, check_request, empty_output, restore, tell_worker
+from longtail.scheduler.member_requests import (
+    attach_report,
+    check_request,
+    empty_output,
+    keep_first,
+    restore,
+    tell_worker,
+)
 from longtail.scheduler.metadata import CUT_STOP_REASON, metadata_of
 from longtail.scheduler.rollout_kv import RolloutKv
 from longtail.scheduler.rounds import Admission, RoundBook
 from longtail.scheduler.scheduler_rpc import SchedulerRpc
-from longtail.scheduler.stop_strings import StopStringWatch
+from longtail.scheduler.stop_strings import Hit, StopStringWatch
 from longtail.scheduler.tree_place import DISMISSED_STOP_REASON
 from longtail.scheduler.trees import Trees
 
@@ -80,7 +87,7 @@ class RolloutMixin(_Base):
             metadata = metadata_of(params.extra_args if params is not None else None)
             if metadata is not None:
                 check_request(metadata, request, self._kv.refusal)
-                self._trees.check(metadata)
+                self._trees.check(metadata, request)
             admission = None if metadata is None else self._book.admit(request.request_id, metadata, now)
         except InvalidInputError as error:
             self._answer(request, FinishReason.ERROR, str(error))
@@ -109,9 +116,7 @@ class RolloutMixin(_Base):
         request = member.request
         self._no_token_yet.add(request.request_id)
         boundary_strings = () if member.boundary is None else member.boundary.strings
-        at_boxed = BOXED_STOP_REASON in member.stop
-        strings = [text for text in member.stop if text != BOXED_STOP_REASON]
-        self._stop_strings.watch(request, (*strings, *boundary_strings), at_boxed=at_boxed)
+        self._stop_strings.watch(request, (*member.stop, *boundary_strings), at_boxed=member.stops_at_boxed)
         super().add_request(request)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
@@ -142,19 +147,23 @@ class RolloutMixin(_Base):
         return outputs
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
-        unborn: list[str] = []
+        # Errors found inside a step get an output in that step and are counted there.
+        if not self._members or finished_status is not RequestStatus.FINISHED_ABORTED:
+            return super().finish_requests(request_ids, finished_status)
+        unborn: list[Request] = []
         if self._trees:
             if request_ids is not None:
                 request_ids = (request_ids,) if isinstance(request_ids, str) else tuple(request_ids)
             unborn = self._trees.unborn(request_ids)
         finished = super().finish_requests(request_ids, finished_status)
-        # Errors found inside a step get an output in that step and are counted there.
-        if self._members and finished_status is RequestStatus.FINISHED_ABORTED:
-            for request_id in (*unborn, *(request.request_id for request in finished)):
-                if (member := self._drop_member(request_id)) is not None:
-                    self._book.leave(request_id)
-                    if self._trees:
-                        self._trees.end(member, None, by_itself=False)
+        for request in unborn:
+            request.status = finished_status
+            finished.append(request)
+        for request in finished:
+            if (member := self._drop_member(request.request_id)) is not None:
+                self._book.leave(request.request_id)
+                self._trees.end(member, None, by_itself=False)
+        self._trees.settle()
         return finished
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
@@ -211,51 +220,53 @@ class RolloutMixin(_Base):
                     self._count_finished(output, now)
                 elif (paused := self._members.get(output.request_id)) is not None and paused.boundary is not None:
                     self._look_for_boundary(paused, paused.boundary, output, now)
-                elif self._stop_strings and (text := self._stop_strings.hit(output.request_id, output.new_token_ids)):
-                    self._stop_at_string(output, text, now)
+                elif self._stop_strings and (
+                    hit := self._stop_strings.first_hit(output.request_id, output.new_token_ids)
+                ):
+                    self._stop_at_string(output, hit, now)
                 elif self._trees:
                     self._trees.grow(output)
+        if self._trees:
+            self._trees.settle()
         cut = self._book.cut_ready()
         if cut:
             by_id = {output.request_id: output for group in outputs.values() for output in group.outputs}
             for request_id in cut:
                 self._cut(request_id, by_id, outputs, now)
+            self._trees.settle()
 
     def _count_finished(self, output: EngineCoreOutput, now: float) -> None:
         if (member := self._members.get(output.request_id)) is None:
             return
-        if output.finish_reason is FinishReason.LENGTH and member.stop:
-            # The last token of its budget may complete a stop string. Of any other member the front end finds it, and
+        if output.finish_reason in _NATURAL and (member.stop or member.stops_at_boxed):
+            # The last tokens of its budget may complete a stop string. Of any other member the front end finds it, and
             # says so.
-            text = self._stop_strings.hit(output.request_id, output.new_token_ids)
-            if text in member.stop:
-                output.finish_reason, output.stop_reason = FinishReason.STOP, text
+            hit = self._stop_strings.first_hit(output.request_id, output.new_token_ids)
+            if hit is not None and (output.finish_reason is FinishReason.LENGTH or hit.text is None):
+                _say_what_stopped(member, output, hit)
         self._drop_member(output.request_id)
         if output.finish_reason in _NATURAL:
             self._kv.forget(self._book.finish(output.request_id, member.num_new_tokens))
         else:
             self._book.leave(output.request_id)
         attach_report(output, member.report(now))
-        if self._trees:
-            self._trees.end(member, output, by_itself=output.finish_reason is FinishReason.STOP)
+        self._trees.end(member, output, by_itself=output.finish_reason is FinishReason.STOP)
 
-    def _stop_at_string(self, output: EngineCoreOutput, stop_string: str, now: float) -> None:
-        """End a member at a stop string in the step that completes it.
+    def _stop_at_string(self, output: EngineCoreOutput, hit: Hit, now: float) -> None:
+        """End a member at a stop string, or a boxed answer, in the step that completes it.
 
         The front end finds the same string with the same detokenizer and makes the final output itself, text
-        trimmed as stock vLLM trims it; a finish reason from here would make it drop the last token's text. Its
-        abort, one step later, finds no request. Of a member whose text before it does not know it gets the reason, and
-        makes the whole text itself.
+        trimmed as stock vLLM trims it; a finish reason from here would make it drop the last token's text. The
+        abort that it sends then, one step later, finds no request. Of a string that it does not look for it gets the
+        reason, and makes the whole text itself.
         """
+        member = self._members[output.request_id]
+        _say_what_stopped(member, output, hit)
         super().finish_requests(output.request_id, RequestStatus.FINISHED_STOPPED)
-        member = self._drop_member(output.request_id)
-        assert member is not None
-        if stop_string in member.stop:
-            output.finish_reason, output.stop_reason = FinishReason.STOP, stop_string
+        self._drop_member(output.request_id)
         self._kv.forget(self._book.finish(output.request_id, member.num_new_tokens))
         attach_report(output, member.report(now))
-        if self._trees:
-            self._trees.end(member, output, by_itself=True)
+        self._trees.end(member, output, by_itself=True)
 
     def _look_for_boundary(self, member: Member, spec: BoundarySpec, output: EngineCoreOutput, now: float) -> None:
         """Stop a member at the first boundary in its tokens of this step, unless a stop string comes first."""
@@ -264,13 +275,12 @@ class RolloutMixin(_Base):
         made_by: str | int | None = None
         if (found := spec.first(tokens, member.request.num_output_tokens - len(tokens))) is not None:
             count, made_by = found
-        text = self._stop_strings.first_hit(output.request_id, tokens) if self._stop_strings else None
-        if text is not None and text[1] not in spec.strings:
-            if text[0] <= count:
-                self._stop_at_string(output, text[1], now)
+        hit = self._stop_strings.first_hit(output.request_id, tokens) if self._stop_strings else None
+        if hit is not None and hit.num_tokens <= count:
+            if hit.text not in spec.strings:
+                self._stop_at_string(output, hit, now)
                 return
-        elif text is not None and text[0] <= count:
-            count, made_by = text
+            count, made_by = hit
         if count <= len(tokens):
             self._pause(member, output, count, made_by, now)
 
@@ -279,11 +289,7 @@ class RolloutMixin(_Base):
     ) -> None:
         """Stop a live member after `count` of its tokens of this step; its KV is parked."""
         request = member.request
-        if num_over := len(output.new_token_ids) - count:
-            del request._output_token_ids[-num_over:], request._all_token_ids[-num_over:]
-            del output.new_token_ids[count:]
-            if output.new_logprobs is not None:
-                output.new_logprobs = output.new_logprobs.slice_request(0, count)
+        keep_first(request, output, count)
         self._drop_member(request.request_id)
         self._kv.park(member)
         super().finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
@@ -311,8 +317,7 @@ class RolloutMixin(_Base):
         member = self._drop_member(request_id)
         assert member is not None
         self._kv.park(member)
-        if self._trees:
-            self._trees.cut(member)
+        self._trees.cut(member)
         return member
 
     def dismiss(self, member: Member) -> None:
@@ -320,6 +325,12 @@ class RolloutMixin(_Base):
         self._drop_member(member.request.request_id)
         self._kv.forget(self._book.dismiss(member.request.request_id))
         self._answer(member.request, FinishReason.ABORT, DISMISSED_STOP_REASON, member)
+
+    def refuse(self, member: Member, error: InvalidInputError) -> None:
+        """A member that vLLM does not know of is wrong."""
+        self._drop_member(member.request.request_id)
+        self._book.leave(member.request.request_id)
+        self._answer(member.request, FinishReason.ERROR, str(error), member)
 
     def _drop_member(self, request_id: str) -> Member | None:
         member = self._members.pop(request_id, None)
@@ -356,6 +367,17 @@ class RolloutMixin(_Base):
             member = self._drop_cut(request_id)
             super().finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
             self._answer(member.request, FinishReason.ABORT, CUT_STOP_REASON, member)
+        self._trees.settle()
+
+
+def _say_what_stopped(member: Member, output: EngineCoreOutput, hit: Hit) -> None:
+    """Give a member's output the reason of its end, if the front end does not find that itself."""
+    if hit.text is None:
+        # Of a stop string stock vLLM keeps all tokens of the step too.
+        keep_first(member.request, output, hit.num_tokens)
+        output.finish_reason, output.stop_reason = FinishReason.STOP, BOXED_STOP_REASON
+    elif hit.text in member.stop:
+        output.finish_reason, output.stop_reason = FinishReason.STOP, hit.text
 
 
 class RolloutScheduler(RolloutMixin, Scheduler):

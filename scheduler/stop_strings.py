@@ -11,17 +11,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-from longtail.scheduler.boxed import BOXED_STOP_REASON, BoxedAnswer
+from longtail.scheduler.boxed import BoxedAnswer
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.tokenizers import TokenizerLike
     from vllm.v1.request import Request
+
+
+class Hit(NamedTuple):
+    """What ends a request within the tokens of one step: a stop string, or `None` for a boxed answer.
+
+    `num_tokens` of them complete it.
+    """
+
+    num_tokens: int
+    text: str | None
 
 
 @dataclass(slots=True)
@@ -32,15 +42,18 @@ class _Watched:
     detokenizer: Any
     boxed: BoxedAnswer | None
 
-    def stop_at(self, token_ids: list[int]) -> str | None:
-        """What ends it within these tokens."""
-        text: str | None = self.detokenizer.update(token_ids, False)
-        if text is None and self.boxed is not None and self.boxed.is_complete_in(self.detokenizer.output_text):
-            params = self.request.sampling_params
-            assert params is not None
-            if self.request.num_output_tokens >= params.min_tokens:
-                return BOXED_STOP_REASON
-        return text
+    def read(self, token_ids: list[int]) -> Hit | None:
+        """The first that ends it within these tokens, which its output has already."""
+        params = self.request.sampling_params
+        assert params is not None
+        num_before = self.request.num_output_tokens - len(token_ids)
+        for count, token_id in enumerate(token_ids, start=1):
+            if (text := self.detokenizer.update([token_id], False)) is not None:
+                return Hit(count, text)
+            is_boxed = self.boxed is not None and self.boxed.is_complete_in(self.detokenizer.output_text)
+            if is_boxed and num_before + count >= params.min_tokens:
+                return Hit(count, None)
+        return None
 
 
 class StopStringWatch:
@@ -75,21 +88,16 @@ class StopStringWatch:
         source: Any = SimpleNamespace(
             request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, sampling_params=params
         )
-        detokenizer = IncrementalDetokenizer.from_new_request(self._tokenizer, source)
-        one = self._watched[request.request_id] = _Watched(request, detokenizer, boxed)
-        one.stop_at(prior)
+        detokenizer: Any = IncrementalDetokenizer.from_new_request(self._tokenizer, source)
+        self._watched[request.request_id] = _Watched(request, detokenizer, boxed)
+        detokenizer.update(prior, False)
+        if boxed is not None:
+            boxed.is_complete_in(detokenizer.output_text)
 
-    def first_hit(self, request_id: str, new_token_ids: list[int]) -> tuple[int, str] | None:
-        """What ends it first, and how many of the tokens it takes to complete that."""
-        if (one := self._watched.get(request_id)) is None:
-            return None
-        texts = ((count, one.stop_at([token])) for count, token in enumerate(new_token_ids, start=1))
-        return next(((count, text) for count, text in texts if text is not None), None)
-
-    def hit(self, request_id: str, new_token_ids: list[int]) -> str | None:
-        """The stop string of `request_id` that the tokens of this step complete, or `BOXED_STOP_REASON`."""
+    def first_hit(self, request_id: str, new_token_ids: list[int]) -> Hit | None:
+        """What ends a request first within its tokens of this step."""
         one = self._watched.get(request_id)
-        return None if one is None else one.stop_at(new_token_ids)
+        return None if one is None else one.read(new_token_ids)
 
     def forget(self, request_id: str) -> None:
         """Stop watching; unknown ids are ignored."""

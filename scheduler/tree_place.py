@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import msgspec
 
 from longtail.scheduler.errors import InvalidInputError
@@ -9,6 +12,9 @@ from longtail.scheduler.tree_policy import BirthReason, TreeSpec
 
 #: Stop reason of a member that its tree had no branch for.
 DISMISSED_STOP_REASON = "rollout_dismissed"
+
+#: Of the absolute value of a sum of log-probabilities or entropies; none of a trajectory comes near.
+MAX_SUM = 1e12
 
 
 class EndedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,9 +41,9 @@ class TreePlace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     Attributes:
         spec: how the tree grows; every member must say the same.
-        seed: of the tree's decisions; so is this.
-        path: the member's number in the tree, below `spec.width`. Those that are not in the group must be in `ended`
-            of one of its members.
+        seed: of the tree's decisions; every member must say the same.
+        path: the member's number in the tree, below `spec.width`. Every number is that of a member of the group, or of
+            a path in `ended` of one member.
         has_begun: it was a path in an earlier round, and goes on.
         sums: of one that has begun, in a tree that does not split uniformly: at every boundary so far, the sum over all
             tokens before it of what is split by; last that over all tokens.
@@ -52,6 +58,12 @@ class TreePlace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     sums: list[float] = []
     ended: list[EndedPath] = []
 
+    def paths(self) -> Iterator[tuple[str, int]]:
+        """The numbers of all paths that it tells of, each after its field."""
+        yield "path", self.path
+        for index, one in enumerate(self.ended):
+            yield f"ended[{index}].path", one.path
+
     def check(self, field: str) -> None:
         """Check what types do not say.
 
@@ -59,10 +71,16 @@ class TreePlace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             InvalidInputError: names the field, which is below `field`.
 
         """
-        width = self.spec.width
-        for name, path in (("path", self.path), *((f"ended[{i}].path", one.path) for i, one in enumerate(self.ended))):
+        width, seen = self.spec.width, set()
+        for name, path in self.paths():
             if not 0 <= path < width:
                 raise InvalidInputError(f"{field}.{name}", f"an integer in [0, {width})", path)
+            if path in seen:
+                raise InvalidInputError(f"{field}.{name}", "a path of which nothing else is said", path)
+            seen.add(path)
+        for name, sums in (("sums", self.sums), *((f"ended[{i}].sums", one.sums) for i, one in enumerate(self.ended))):
+            if not all(math.isfinite(one) and abs(one) <= MAX_SUM for one in sums):
+                raise InvalidInputError(f"{field}.{name}", f"finite numbers up to {MAX_SUM:g}", sums)
 
 
 class BirthReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,6 +26,9 @@ BirthReason = Literal["boundary", "fallback"]
 SplitBy = Literal["uniform", "logprob", "entropy"]
 Fallback = Literal["ended", "any", "none"]
 
+#: Below this the softmax over paths takes the best one anyway.
+MIN_SPLIT_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TreeSpec:
@@ -87,21 +90,23 @@ class TreeSpec:
                 raise InvalidInputError(f"tree.{name}", "one of " + ", ".join(map(str, choices)), value)
         temperature = self.split_temperature
         number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-        if not number or not 0 < temperature < math.inf:
-            raise InvalidInputError("tree.split_temperature", "a finite number above 0", temperature)
+        if not number or not MIN_SPLIT_TEMPERATURE <= temperature < math.inf:
+            what = f"a finite number, at least {MIN_SPLIT_TEMPERATURE}"
+            raise InvalidInputError("tree.split_temperature", what, temperature)
 
     @property
     def max_tokens(self) -> int:
         """Of a path."""
         return self.depth * self.segment_tokens
 
-    def num_planned_tokens(self, num_prompt_tokens: int) -> int:
-        """Positions that a tree has at its end if no path ends before its budget is spent, prompt included."""
+    def num_planned_tokens(self, num_prompt_tokens: int, max_tokens: int | None = None) -> int:
+        """Positions that a tree has at its end, prompt included, if every path has `max_tokens` or all its segments."""
         roots, branching = self.max_roots or self.min_roots, self.max_branching or self.branching
+        depth = self.depth if max_tokens is None else min(self.depth, -(-max_tokens // self.segment_tokens))
         paths = [min(self.width, roots)]
-        while len(paths) < self.depth and paths[-1] < self.width:
+        while len(paths) < depth and paths[-1] < self.width:
             paths.append(min(self.width, paths[-1] * branching) if branching > 1 else self.width)
-        num_segments = sum(paths) + self.width * (self.depth - len(paths))
+        num_segments = sum(paths) + self.width * (depth - len(paths))
         return num_prompt_tokens + num_segments * self.segment_tokens
 
 
@@ -182,14 +187,9 @@ class TreePolicy:
             self._active = {index: PathFigures(num_tokens=0) for index in self.roots}
         self._unborn = [index for index in range(spec.width) if index not in self._active.keys() | known]
         #: Paths that wait at a boundary, in the order of their arrival.
-        self._waiting: list[int] = []
+        self._waiting: dict[int, None] = {}
         #: Branches that paths that ended have given, and nobody has taken.
         self._given = 0
-
-    @property
-    def num_active(self) -> int:
-        """Paths that go on, or wait."""
-        return len(self._active)
 
     @property
     def num_unborn(self) -> int:
@@ -204,40 +204,36 @@ class TreePolicy:
         """A path waits for others at its boundary."""
         return index in self._waiting
 
-    def is_over(self, num_tokens: int) -> bool:
-        """Whether a path of this length has its last segment."""
-        return num_tokens >= self.spec.depth * self.spec.segment_tokens
-
     def reach(self, index: int, figures: PathFigures) -> TreeStep:
         """A path is at a boundary, and not over."""
         assert index in self._active
         assert index not in self._waiting
         self._active[index] = figures
-        if self.spec.synchronous:
-            self._waiting.append(index)
+        if self.spec.synchronous and self._unborn:
+            self._waiting[index] = None
             return self._level()
         births = self._branches(index, *self._draw(index))
         return TreeStep(births=births, going_on=[index])
 
-    def end(self, index: int, figures: PathFigures, *, by_itself: bool) -> TreeStep:
-        """A path ended, `by_itself` or because its budget was spent, or somebody ended it."""
+    def end(self, index: int, num_tokens: int, *, by_itself: bool) -> None:
+        """A path ended, `by_itself` or because its budget was spent, or somebody ended it; `settle` is next."""
         del self._active[index]
-        if index in self._waiting:
-            self._waiting.remove(index)
-        self._ended[index] = figures.num_tokens, by_itself
+        self._waiting.pop(index, None)
+        self._ended[index] = num_tokens, by_itself
         if self.spec.transfer:
             self._given += self.spec.branching
-        if self._active:
-            return self._level() if self.spec.synchronous else TreeStep()
-        return self._fall_back()
 
     def drop(self, index: int) -> None:
-        """A member will never begin: one that is unborn, or before `begin` any."""
+        """A member will never begin: one that is unborn, or before `begin` any; `settle` is next."""
         if index in self._unborn:
             self._unborn.remove(index)
         else:
             del self._active[index]
             self._ended[index] = 0, False
+
+    def settle(self) -> TreeStep:
+        """What follows from the paths that ended, and from members that will never begin."""
+        return self._level() if self._active else self._fall_back()
 
     # ---- branches ----------------------------------------------------------------------------------------------
 
@@ -282,10 +278,10 @@ class TreePolicy:
     # ---- levels ------------------------------------------------------------------------------------------------
 
     def _level(self) -> TreeStep:
-        """In synchronous trees: share out the branches of a level, once every path is at its boundary."""
-        if not self._waiting or len(self._waiting) < len(self._active):
+        """Share out the branches of a level, once every path is at its boundary; nobody waits if none are left."""
+        if not self._waiting or (self._unborn and len(self._waiting) < len(self._active)):
             return TreeStep()
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = list(self._waiting), {}
         branching, chance = self._branching()
         budget = min(len(self._active) + len(self._unborn), branching * len(waiting) + self._given)
         if self.spec.split == "uniform":

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longtail.scheduler.path_values import PathValues, sums_of, values_of
+from longtail.scheduler.tree_policy import SplitBy
 
 VALUES = st.lists(st.floats(-9, 0), max_size=40)
 
@@ -59,3 +60,10 @@ def test_values_are_log_probs_or_entropies() -> None:
     assert all(low < high for low, high in zip(values_of("entropy", rows[:, :3]), exact, strict=True))
     certain = np.array([[0.0, 0.0, -np.inf]], dtype=np.float32)
     assert values_of("entropy", certain) == [0.0]
+
+
+@pytest.mark.parametrize("split", ["logprob", "entropy"])
+def test_what_a_broken_model_says_is_finite(split: SplitBy) -> None:
+    rows = np.array([[np.nan, np.nan, np.nan], [-np.inf, np.inf, -np.inf]], dtype=np.float32)
+    assert np.isfinite(values_of(split, rows)).all()
+    assert not np.isfinite(rows).any(), "the log-probs themselves are left alone"

@@ -63,25 +63,28 @@ class Grown:
         for _ in range(self.spec.segment_tokens):
             path.num_tokens += 1
             if self.rng.random() < end_chance:
-                self._take(index, self.policy.end(index, self._figures(path), by_itself=True), ended=True)
+                self._end(index, by_itself=True)
                 return
-        if self.policy.is_over(path.num_tokens):
-            self._take(index, self.policy.end(index, self._figures(path), by_itself=False), ended=True)
+        if path.num_tokens >= self.spec.max_tokens:
+            self._end(index, by_itself=False)
         else:
-            self._take(index, self.policy.reach(index, self._figures(path)))
+            self._take(self.policy.reach(index, self._figures(path)))
+
+    def _end(self, index: int, *, by_itself: bool) -> None:
+        self.ended[index] = self.paths[index].num_tokens
+        self.policy.end(index, self.ended[index], by_itself=by_itself)
+        self._take(self.policy.settle())
 
     def _figures(self, path: Path) -> PathFigures:
         return PathFigures(num_tokens=path.num_tokens, path_mean=-self.rng.random(), segment_mean=-self.rng.random())
 
-    def _take(self, index: int, step: TreeStep, ended: bool = False) -> None:
-        if ended:
-            self.ended[index] = self.paths[index].num_tokens
+    def _take(self, step: TreeStep) -> None:
         for birth in step.births:
             assert birth.child not in self.paths
             parent = self.paths[birth.parent]
             assert 0 <= birth.at <= parent.num_tokens
             assert birth.at % self.spec.segment_tokens == 0
-            assert not self.policy.is_over(birth.at)
+            assert birth.at < self.spec.max_tokens
             assert 0 < birth.probability <= 1
             assert (birth.reason == "fallback") == (birth.parent in self.ended)
             self.paths[birth.child] = Path(birth.at, birth.at)
@@ -94,7 +97,7 @@ class Grown:
 def test_every_tree_has_its_width(spec: TreeSpec, seed: int, end_chance: float) -> None:
     tree = Grown(spec, seed, end_chance)
     assert sorted([*tree.ended, *tree.dismissed]) == list(range(spec.width))
-    assert tree.policy.num_active == tree.policy.num_unborn == 0
+    assert not tree.policy.num_unborn
     assert not tree.dismissed or spec.fallback == "none"
     assert all(length <= spec.depth * spec.segment_tokens for length in tree.ended.values())
     assert len(tree.births) == spec.width - len(tree.policy.roots) - len(tree.dismissed)
@@ -118,20 +121,47 @@ def test_without_barriers_a_path_never_waits() -> None:
 def test_what_a_path_that_ends_gives_is_taken_at_the_next_boundaries() -> None:
     spec = TreeSpec(width=16, depth=4, segment_tokens=4, min_roots=3, branching=2)
     policy = TreePolicy(spec, 0)
-    policy.end(0, PathFigures(num_tokens=2), by_itself=True)
+    policy.end(0, 2, by_itself=True)
+    assert policy.settle() == TreeStep()
     assert len(policy.reach(1, PathFigures(num_tokens=4)).births) == 1 + 1  # its own, and half of two
     alone = TreePolicy(replace(spec, transfer=False), 0)
-    alone.end(0, PathFigures(num_tokens=2), by_itself=True)
+    alone.end(0, 2, by_itself=True)
     assert len(alone.reach(1, PathFigures(num_tokens=4)).births) == 1
+
+
+def after_the_only_end(spec: TreeSpec, num_tokens: int, *, by_itself: bool) -> TreeStep:
+    policy = TreePolicy(spec, 0)
+    policy.end(0, num_tokens, by_itself=by_itself)
+    return policy.settle()
+
+
+def test_levels_need_no_barrier_once_everybody_has_begun() -> None:
+    policy = TreePolicy(TreeSpec(width=3, depth=8, segment_tokens=4, synchronous=True, min_roots=2), 0)
+    assert policy.reach(0, PathFigures(num_tokens=4)) == TreeStep()
+    policy.drop(2)
+    assert policy.settle() == TreeStep(going_on=[0])
+    assert policy.reach(1, PathFigures(num_tokens=4)) == TreeStep(going_on=[1])
+
+
+def test_paths_that_end_together_are_no_parents_of_each_other_and_do_not_go_on() -> None:
+    """Told one by one and settled once: two of three that wait are gone, and the level is the third one's."""
+    policy = TreePolicy(TreeSpec(width=6, depth=8, segment_tokens=4, synchronous=True, min_roots=4), 0)
+    for index in range(3):
+        policy.reach(index, PathFigures(num_tokens=4))
+    for index in (0, 1, 3):
+        policy.end(index, 4, by_itself=False)
+    step = policy.settle()
+    assert step.going_on == [2]
+    assert {birth.parent for birth in step.births} == {2}
 
 
 def test_members_that_never_begin_are_dismissed_only_without_fallback() -> None:
     spec = TreeSpec(width=4, depth=2, segment_tokens=4, fallback="none")
-    assert TreePolicy(spec, 0).end(0, PathFigures(num_tokens=2), by_itself=True).dismissed == [1, 2, 3]
-    step = TreePolicy(replace(spec, fallback="ended"), 0).end(0, PathFigures(num_tokens=7), by_itself=True)
+    assert after_the_only_end(spec, 2, by_itself=True).dismissed == [1, 2, 3]
+    step = after_the_only_end(replace(spec, fallback="ended"), 7, by_itself=True)
     assert [birth.at for birth in step.births] == [4, 4, 4]
     # TreePO: without a candidate it begins again from the prompt.
-    step = TreePolicy(replace(spec, fallback="ended"), 0).end(0, PathFigures(num_tokens=8), by_itself=False)
+    step = after_the_only_end(replace(spec, fallback="ended"), 8, by_itself=False)
     assert [(birth.parent, birth.at) for birth in step.births] == [(0, 0)] * 3
 
 
@@ -189,9 +219,10 @@ def test_synchronous_trees_are_treepos(branching: int) -> None:
             steps = []
             for index in level:
                 figures = PathFigures(num_tokens=depth)
-                if ends(ids[index], depth) or policy.is_over(depth):
+                if ends(ids[index], depth) or depth >= spec.max_tokens:
                     leaves[depth] += 1
-                    steps.append(policy.end(index, figures, by_itself=not policy.is_over(depth)))
+                    policy.end(index, depth, by_itself=depth < spec.max_tokens)
+                    steps.append(policy.settle())
                 else:
                     steps.append(policy.reach(index, figures))
             born = [birth for step in steps for birth in step.births]
@@ -231,8 +262,9 @@ def test_fallback_chooses_paths_and_places_with_the_probability_that_it_says() -
     odds: dict[tuple[int, int], float] = {}
     for seed in range(4000):
         policy = TreePolicy(spec, seed)
-        policy.end(0, PathFigures(num_tokens=9), by_itself=True)
-        (birth,) = policy.end(1, PathFigures(num_tokens=17), by_itself=True).births
+        policy.end(0, 9, by_itself=True)
+        policy.end(1, 17, by_itself=True)
+        (birth,) = policy.settle().births
         counts[birth.parent, birth.at] += 1
         odds[birth.parent, birth.at] = birth.probability
     assert odds == {(0, 4): 1 / 4, (0, 8): 1 / 4} | {(1, at): 1 / 8 for at in (4, 8, 12, 16)}
@@ -254,6 +286,8 @@ def test_fallback_chooses_paths_and_places_with_the_probability_that_it_says() -
         ({"max_roots": 0}, "max_roots"),
         ({"split": "random"}, "split"),
         ({"split_temperature": 0.0}, "split_temperature"),
+        ({"split_temperature": 1e-9}, "split_temperature"),
+        ({"split_temperature": float("nan")}, "split_temperature"),
         ({"fallback": "some"}, "fallback"),
         ({"synchronous": 1.5}, "synchronous"),
     ],

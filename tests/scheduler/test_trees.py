@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from kv_model import KvEngine, expected_tokens
+from kv_model import VOCAB_SIZE, KvEngine, expected_tokens
 from tree_driver import GrownTree
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
@@ -158,10 +159,10 @@ def test_without_a_fallback_the_rest_is_dismissed(make: Make) -> None:
 
 
 @pytest.mark.parametrize("spec", [SPECS["plain"], SPECS["levels"]], ids=["plain", "levels"])
-@pytest.mark.parametrize("num_steps", [1, 8, 9, 10, 14, 15, 21])
+@pytest.mark.parametrize("num_steps", [1, 8, 9, 10, 14, 15, 16, 17])
 def test_a_tree_that_is_cut_goes_on_in_another_round(make: Make, num_steps: int, spec: TreeSpec) -> None:
     engine = make()
-    tree = GrownTree(engine, spec, PROMPT, lengths={0: 15}, target=2)
+    tree = GrownTree(engine, spec, PROMPT, length=15, target=2)
     tree.step(num_steps)
     tree.take(engine.drain())
     engine.scheduler.rollout_rpc("close_round", {"round": "r"})
@@ -173,7 +174,7 @@ def test_a_tree_that_is_cut_goes_on_in_another_round(make: Make, num_steps: int,
     engine.scheduler.rollout_rpc("forget_round", {"round": "r"})
     ended = {path: tokens for path, tokens in tree.tokens.items() if tree.has_ended_naturally(path)}
     begun = {path: tokens for path, tokens in tree.tokens.items() if path not in ended}
-    second = GrownTree(engine, spec, PROMPT, name="t", round_id="s", begun=begun, ended=ended, lengths={0: 15})
+    second = GrownTree(engine, spec, PROMPT, name="t", round_id="s", begun=begun, ended=ended, length=15)
     second.run()
     assert sorted([*second.tokens, *ended]) == list(range(spec.width))
     for path, tokens in second.tokens.items():
@@ -241,26 +242,99 @@ def test_new_weights_in_the_middle_of_a_tree(make: Make, policy: str, spec: Tree
             assert all({v for v, *_ in spans} == {"1"} for start, spans in report.segments if start >= 12 + 2)
 
 
-@pytest.mark.parametrize("spec", [SPECS["plain"], SPECS["levels"]], ids=["plain", "levels"])
-def test_a_caller_aborts_members(make: Make, spec: TreeSpec) -> None:
-    for num_steps in (0, 5, 9, 11, 16, 20):
-        engine = make()
-        tree = GrownTree(engine, spec, PROMPT)
-        tree.step(num_steps)
-        gone = [path for path in (0, 1, 7) if path not in tree.ends]
-        engine.scheduler.finish_requests([f"r/t/{path}" for path in gone], RequestStatus.FINISHED_ABORTED)
+@pytest.mark.parametrize("name", ["plain", "levels", "levels of single tokens", "roots"])
+def test_a_caller_aborts_members(make: Make, name: str) -> None:
+    """Any of them, in two batches, whatever they do at the time: running, held at a boundary, or unborn."""
+    engine, spec, rng = make(), SPECS[name], random.Random(name)
+    for trial in range(40):
+        tree = GrownTree(engine, spec, PROMPT, round_id=f"r{trial}")
+        gone: set[int] = set()
+        for _ in range(2):
+            tree.step(rng.randrange(14))
+            left = [path for path in range(spec.width) if path not in tree.ends and path not in gone]
+            batch = rng.sample(left, rng.randint(0, len(left)))
+            requests = engine.scheduler.finish_requests(
+                [f"r{trial}/t/{path}" for path in batch], RequestStatus.FINISHED_ABORTED
+            )
+            assert sorted(request.request_id for request in requests) == sorted(f"r{trial}/t/{one}" for one in batch)
+            gone.update(batch)
         tree.run_out()
-        assert sorted([*tree.ends, *gone]) == list(range(8))
-        engine.scheduler.rollout_rpc("close_round", {"round": "r"})
-        engine.scheduler.rollout_rpc("unpark", {"keys": [f"t.{path}" for path in range(8)]})
+        assert sorted([*tree.ends, *gone]) == list(range(spec.width))
+        for path, end in tree.ends.items():
+            assert end.finish_reason is FinishReason.LENGTH, path
+        if not gone:
+            tree.put_together()
+            check(tree)
+        engine.scheduler.rollout_rpc("close_round", {"round": f"r{trial}"})
 
 
-def test_everything_is_aborted(make: Make) -> None:
-    engine = make()
-    tree = GrownTree(engine, SPECS["plain"], PROMPT)
-    tree.step(10)
-    engine.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+@pytest.mark.parametrize("spec", [SPECS["plain"], SPECS["levels"]], ids=["plain", "levels"])
+@pytest.mark.parametrize("num_steps", range(1, 20, 3))
+def test_everything_is_aborted(make: Make, num_steps: int, spec: TreeSpec) -> None:
+    """All are told of, those too that never began, and of a tree that waits for room; what ended is not kept."""
+    engine = make(num_blocks=spec.num_planned_tokens(len(PROMPT)) // 8 + 9)
+    trees = [GrownTree(engine, spec, PROMPT, name=name, target=2) for name in "ab"]
+    for _ in range(num_steps):
+        outputs = engine.step()[1]
+        for tree in trees:
+            tree.take(outputs)
+    left = {f"r/{tree.name}/{path}" for tree in trees for path in range(8) if path not in tree.ends}
+    requests = engine.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    assert {request.request_id for request in requests} == left
+    assert all(request.is_finished() for request in requests)
     assert not engine.scheduler._members
+    engine.step()
+    engine.drain()
+
+
+@pytest.mark.parametrize("spec", [SPECS["plain"], SPECS["levels"]], ids=["plain", "levels"])
+def test_paths_end_anywhere(make: Make, spec: TreeSpec) -> None:
+    """At any token: with asynchronous scheduling a path that is held may end with the token that was on its way."""
+    engine = make()
+    for end in range(1, 20):
+        tree = GrownTree(engine, spec, PROMPT, round_id=f"r{end}", stop_token_ids=[expected_tokens(PROMPT, end)[-1]])
+        tree.run()
+        check(tree)
+        assert {len(tokens) for tokens in tree.tokens.values()} == {end}
+
+
+def test_a_tree_of_which_nothing_can_go_on_is_dismissed_and_others_begin(make: Make) -> None:
+    engine = make(num_blocks=60)
+    spec = TreeSpec(width=8, depth=4, segment_tokens=6, fallback="none")
+    prefix = expected_tokens(PROMPT, 9)
+    over = GrownTree(engine, spec, PROMPT, name="a", target=2, ended=dict.fromkeys(range(3), prefix))
+    assert not engine.scheduler._trees
+    other = GrownTree(engine, spec, PROMPT, name="b", target=2)
+    other.run()
+    check(other)
+    assert engine.scheduler.rollout_rpc("round", {"round": "r"})["num_complete_groups"] == 2
+    over.take([])
+
+
+def test_a_round_that_is_over_begins_no_tree_of_its_own_that_waited(make: Make) -> None:
+    spec = TreeSpec(width=8, depth=4, segment_tokens=6, fallback="none")
+    engine = make(num_blocks=spec.num_planned_tokens(len(PROMPT)) // 8 + 9)
+    first = GrownTree(engine, spec, PROMPT, name="a", target=2)
+    prefix = expected_tokens(PROMPT, 9)
+    waiting = GrownTree(engine, spec, PROMPT, name="b", target=2, ended=dict.fromkeys(range(3), prefix))
+    other = GrownTree(engine, spec, PROMPT, name="c", round_id="s")
+    first.step(5)
+    engine.scheduler.rollout_rpc("close_round", {"round": "r"})
+    while engine.scheduler.has_requests():
+        outputs = engine.step()[1]
+        for tree in (first, waiting, other):
+            tree.take(outputs)
+    other.take(engine.drain())
+    other.put_together()
+    check(other)
+    assert {end.stop_reason for end in waiting.ends.values()} == {CUT_STOP_REASON}
+    engine.scheduler.rollout_rpc("unpark", {"keys": [f"a.{path}" for path in range(8)]})
+
+
+def ended_path(**changes: Any) -> dict[str, Any]:
+    """A tree of two, of which the second ended earlier."""
+    ended = {"path": 1, "token_ids": [3, 4], "by_itself": True, **changes}
+    return {"spec": {"width": 2, "depth": 2, "segment_tokens": 4}, "seed": 0, "path": 0, "ended": [ended]}
 
 
 @pytest.mark.parametrize(
@@ -272,6 +346,15 @@ def test_everything_is_aborted(make: Make) -> None:
         ({"tree": {"spec": {"width": 4, "depth": 2, "segment_tokens": 4}, "seed": 0, "path": 4}}, "rollout.tree.path"),
         ({"tree": {"spec": {"width": 0, "depth": 2, "segment_tokens": 4}, "seed": 0, "path": 0}}, "rollout.tree"),
         ({"num_prior_tokens": 2}, "rollout.tree.has_begun"),
+        ({"tree": ended_path(path=0)}, "rollout.tree.ended[0].path"),
+        ({"tree": ended_path(path=2)}, "rollout.tree.ended[0].path"),
+        ({"tree": ended_path(token_ids=[3] * 9)}, "rollout.tree.ended[0].token_ids"),
+        ({"tree": ended_path(token_ids=[3, -1])}, "rollout.tree.ended[0].token_ids"),
+        ({"tree": ended_path(token_ids=[VOCAB_SIZE * 1000])}, "rollout.tree.ended[0].token_ids"),
+        ({"tree": ended_path(token_ids=[1 << 40])}, "rollout.tree.ended[0].token_ids"),
+        ({"tree": ended_path(sums=[float("nan")])}, "rollout.tree.ended[0].sums"),
+        ({"tree": ended_path() | {"sums": [float("inf")]}}, "rollout.tree.sums"),
+        ({"tree": {"spec": {"width": 2, "depth": 2, "segment_tokens": 4}, "seed": 0, "path": 0}}, "rollout.tree.ended"),
     ],
 )
 def test_what_is_wrong_is_answered(make: Make, changes: dict[str, Any], field: str) -> None:
@@ -287,6 +370,13 @@ def test_what_is_wrong_is_answered(make: Make, changes: dict[str, Any], field: s
     assert ends["bad"].finish_reason is FinishReason.ERROR
     assert ends["bad"].stop_reason.startswith(field)
     assert ends["good"].finish_reason is FinishReason.LENGTH
+
+
+def test_a_member_of_a_tree_may_not_have_stop_strings_that_the_front_end_looks_for(make: Make) -> None:
+    engine = make()
+    tree = GrownTree(engine, TreeSpec(width=1, depth=2, segment_tokens=4), PROMPT, stop=["x"])
+    tree.run()
+    assert str(tree.ends[0].stop_reason).startswith("stop: expected nothing, in a tree")
 
 
 def test_a_member_that_contradicts_its_tree_is_answered(make: Make) -> None:
@@ -305,11 +395,37 @@ def test_a_member_that_contradicts_its_tree_is_answered(make: Make) -> None:
     )
     engine.add("no tree", PROMPT, 8, {key: value for key, value in second.items() if key != "tree"})
     engine.add("same path", PROMPT, 8, second)
-    engine.add("second", PROMPT, 8, second | {"tree": {**good["tree"], "path": 1}})
+    right = second | {"tree": {**good["tree"], "path": 1}}
+    engine.add("other seed", PROMPT, 8, second | {"tree": {**good["tree"], "path": 1, "seed": 1}})
+    engine.add("other prompt", PROMPT[1:], 8, right)
+    engine.add("other budget", PROMPT, 7, right)
+    engine.add("other salt", PROMPT, 8, right, cache_salt="x")
+    ended = [{"path": 0, "token_ids": [3], "by_itself": True}]
+    engine.add("ended is there", PROMPT, 8, second | {"tree": {**good["tree"], "path": 1, "ended": ended}})
+    engine.add("second", PROMPT, 8, right)
+    engine.add("too late", PROMPT, 8, right)
     outputs = [output for _, step in engine.run() for output in step] + engine.drain()
-    ends = {output.request_id: output.finish_reason for output in outputs if output.finish_reason is not None}
-    errors = dict.fromkeys(("other spec", "no tree", "same path"), FinishReason.ERROR)
-    assert ends == errors | dict.fromkeys(("first", "second"), FinishReason.LENGTH)
+    ends = {output.request_id: output for output in outputs if output.finish_reason is not None}
+    fields = {
+        "other spec": "rollout.tree.spec", "no tree": "rollout.tree", "same path": "rollout.tree.path",
+        "other seed": "rollout.tree.seed", "other prompt": "prompt", "other budget": "max_tokens",
+        "other salt": "cache_salt", "ended is there": "rollout.tree.ended[0].path", "too late": "rollout.tree",
+    }  # fmt: skip
+    assert {name: end.stop_reason.partition(":")[0] for name, end in ends.items() if name in fields} == fields
+    assert ends.keys() == {*fields, "first", "second"}
+    assert ends["first"].finish_reason is ends["second"].finish_reason is FinishReason.LENGTH
+
+
+def test_a_tree_in_a_group_that_began_without_one_is_answered(make: Make) -> None:
+    engine = make()
+    good = {"round": "r", "target_groups": 1, "group": "g", "group_size": 2, "index": 0, "park": "p"}
+    tree = {"spec": {"width": 2, "depth": 2, "segment_tokens": 4}, "seed": 0, "path": 0}
+    engine.add("first", PROMPT, 8, good)
+    engine.add("tree", PROMPT, 8, good | {"index": 1, "park": "q", "tree": tree})
+    outputs = [output for _, step in engine.run() for output in step] + engine.drain()
+    ends = {output.request_id: output for output in outputs if output.finish_reason is not None}
+    assert ends["tree"].stop_reason.startswith("rollout.tree: expected nothing, in a group")
+    assert ends["first"].finish_reason is FinishReason.LENGTH
 
 
 def test_a_broken_tail_copy_is_noticed(make: Make) -> None:

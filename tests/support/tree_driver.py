@@ -34,7 +34,7 @@ class GrownTree:
         round_id: str = "r",
         target: int = 1,
         seed: int = 0,
-        lengths: Mapping[int, int] | None = None,
+        length: int | None = None,
         begun: Mapping[int, Sequence[int]] | None = None,
         ended: Mapping[int, Sequence[int]] | None = None,
         policy: str = "fresh",
@@ -61,7 +61,7 @@ class GrownTree:
             engine.add(
                 f"{round_id}/{name}/{path}",
                 self.prompt + prior,
-                (lengths or {}).get(path, spec.max_tokens),
+                length or spec.max_tokens,
                 {
                     "round": round_id, "target_groups": target, "group": name, "group_size": len(paths),
                     "index": place, "park": f"{name}.{path}", "kv_policy": policy, "tree": tree,
