@@ -291,9 +291,10 @@ class CarryRound:
         plan, serial = self._running[request_id]
         group = self.store.carried[serial]
         parent = group.members[birth.parent]
-        if parent is None or any(one.index == birth.parent for one in self.running_members(serial)):
+        if parent is None or group.request_id(plan.metadata.round, birth.parent) in self._running:
             return birth.parent
-        self._running[request_id] = plan, serial = born(plan, birth, parent), serial
+        plan = born(plan, birth, parent)
+        self._running[request_id] = (plan, serial)
         return plan
 
     def end_unborn(self, request_id: str) -> None:

@@ -304,10 +304,21 @@ class CarryRun:
     # ---- parts -------------------------------------------------------------------------------------------------
 
     def _take_output(self, output: RequestOutput) -> list[Trajectory]:
-        found = self._round.running(output.request_id)
-        if found is None:
-            return []
-        plan, serial = found
+        whole: list[Trajectory] = []
+        left = [output]
+        while left:
+            output = left.pop()
+            if (found := self._round.running(output.request_id)) is None:
+                continue
+            plan, serial = found
+            if (trajectory := self._take_one(plan, serial, output)) is not None:
+                left += self._orphans.of(str(serial), plan.index)
+                if trajectory.ended_by_itself:
+                    whole.append(masked(trajectory, self._book.config.bound, self._round.version))
+        return whole
+
+    def _take_one(self, plan: MemberPlan, serial: int, output: RequestOutput) -> Trajectory | None:
+        """What a member has at its final output; `None` if it did not begin, or left one that runs."""
         (completion,) = output.outputs
         if completion.finish_reason == "abort" and completion.stop_reason not in _OUR_STOP_REASONS:
             # Nobody here asked for it, and it has no report: its group goes on from what the store has.
@@ -316,11 +327,11 @@ class CarryRun:
         if report is not None and report.is_unborn and completion.stop_reason == CUT_STOP_REASON:
             self._round.end_unborn(output.request_id)
             self._waves.note_cut(plan.metadata.round)
-            return []
+            return None
         if report is not None and report.birth is not None:
             if isinstance(born := self._round.be_born(output.request_id, report.birth), int):
                 self._orphans.wait(str(serial), born, output)
-                return []
+                return None
             plan = born
         segment = segment_of(plan, output)
         if segment.ended_by_itself or segment.is_paused:
@@ -331,13 +342,11 @@ class CarryRun:
             self._waves.note_cut(plan.metadata.round)
         if whole.is_paused and self._boundaries is not None:
             self._boundaries.ask(self._book.store.carried[serial], plan.index)
-        ended: list[Trajectory] = []
-        if whole.ended_by_itself:
-            if self._book.judging is not None and (group := self._book.store.carried.get(serial)) is not None:
+        if whole.ended_by_itself and self._book.judging is not None:
+            group = self._book.store.carried.get(serial)
+            if group is not None:
                 self._book.judging.see_member(group, plan.index)
-            ended = [masked(whole, self._book.config.bound, self._round.version)]
-        children = self._orphans.of(str(serial), plan.index)
-        return [*ended, *(one for child in children for one in self._take_output(child))]
+        return whole
 
     def _take_answer(self, answer: HookAnswer) -> None:
         assert self._book.judging is not None

@@ -186,6 +186,10 @@ class GroupState(msgspec.Struct, kw_only=True):
         """Of a member."""
         return f"{self.round_id}/{self.attempt}/{index}"
 
+    def request_id(self, wave_id: str, index: int) -> str:
+        """Of a member that runs in a wave."""
+        return f"{wave_id}/{self.attempt}/{index}"
+
     def plans(self, run: RunPolicy, name: str, indices: Sequence[int]) -> list[MemberPlan]:
         """What to submit so that these members, all of which have budget left, go on as a group of the scheduler."""
         tree: dict[int, TreePlace] = {}
@@ -200,9 +204,9 @@ class GroupState(msgspec.Struct, kw_only=True):
         self, run: RunPolicy, index: int, name: str, place: int, num_places: int, tree: TreePlace | None = None
     ) -> MemberPlan:
         """What to submit so that a member goes on, which is at `place` of so many in the scheduler's group `name`."""
-        num_tokens = self.num_tokens(index)
+        num_tokens, is_tree = self.num_tokens(index), tree is not None
         return MemberPlan(
-            request_id=f"{run.wave_id}/{self.attempt}/{index}",
+            request_id=self.request_id(run.wave_id, index),
             prompt=self.prompt,
             sampling=self.sampling,
             metadata=RolloutMetadata(
@@ -211,15 +215,15 @@ class GroupState(msgspec.Struct, kw_only=True):
                 group=name,
                 group_size=num_places,
                 index=place,
-                park=self.park_key(index) if run.park else None,
+                park=self.park_key(index) if run.park or is_tree else None,
                 kv_policy=run.kv_policy,
                 num_prior_tokens=num_tokens,
                 num_computed_tokens=self.num_computed[index],
                 num_drawn_tokens=self.num_drawn(index) if num_tokens else None,
-                stop=self.sampling.stop if num_tokens or tree is not None or self.sampling.stop_at_boxed else (),
+                stop=self.sampling.stop if num_tokens or is_tree or self.sampling.stop_at_boxed else (),
                 stop_at_boxed=self.sampling.stop_at_boxed,
                 boundary=self._boundary(index) if run.has_boundaries else None,
-                can_fork=run.can_fork,
+                can_fork=run.can_fork and not is_tree,
                 tree=tree,
             ),
             seed=self.seed_of(index),

@@ -68,23 +68,32 @@ class RoundCollector:
 
         That of a path of a tree waits for the trajectory that it left.
         """
-        member, report = self._pending[output.request_id], report_of(output.kv_transfer_params)
-        group = member.prompt.group_id
+        whole: list[Trajectory] = []
+        left = [output]
+        while left:
+            output = left.pop()
+            member = self._pending[output.request_id]
+            if (trajectory := self._take_one(member, output)) is not None:
+                whole.append(trajectory)
+                left += self._orphans.of(member.prompt.group_id, member.index)
+        return whole
+
+    def _take_one(self, member: MemberPlan, output: RequestOutput) -> Trajectory | None:
+        group, report = member.prompt.group_id, report_of(output.kv_transfer_params)
         if report is not None and report.birth is not None:
             parent = self._ended(group, report.birth.parent)
             if parent is None:
                 self._orphans.wait(group, report.birth.parent, output)
-                return []
+                return None
             member = born(member, report.birth, parent)
         segment = with_whole_text(self.tokenizer, member, segment_of(member, output))
         del self._pending[output.request_id]
         trajectory = segment if member.prior is None else joined(member.prior, segment)
         if trajectory.was_dismissed:
             self._num_dismissed[group] += 1
-            return []
+            return None
         self._done[group].append(trajectory)
-        children = self._orphans.of(group, member.index)
-        return [trajectory, *(one for child in children for one in self.take(child))]
+        return trajectory
 
     def _ended(self, group: str, index: int) -> Trajectory | None:
         return next((one for one in self._done[group] if one.index == index), None)

@@ -10,7 +10,7 @@ import math
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longtail.engine.config import MAX_SEED, SamplingConfig
 from longtail.engine.errors import InvalidInputError
@@ -22,9 +22,6 @@ from longtail.engine.tree_members import check_budgets, checked_width, places, t
 from longtail.scheduler.limits import MAX_GROUP_SIZE, MAX_ID_CHARS, MAX_TARGET_GROUPS
 from longtail.scheduler.metadata import RolloutMetadata
 from longtail.scheduler.tree_place import TreePlace
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)

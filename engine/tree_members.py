@@ -64,6 +64,11 @@ def places(
     spec: TreeSpec, seed: int, members: Sequence[Trajectory | None], park_keys: Sequence[str]
 ) -> dict[int, TreePlace]:
     """What the scheduler is told of the paths of a tree that have not ended, by index; of those that have, with one."""
+    over = {
+        index: member
+        for index, member in enumerate(members)
+        if member is not None and (member.ended_by_itself or member.was_dismissed)
+    }
     ended = [
         EndedPath(
             path=index,
@@ -72,10 +77,9 @@ def places(
             sums=_sums(spec, member),
             park=park_keys[index] if park_keys else None,
         )
-        for index, member in enumerate(members)
-        if member is not None and member.ended_by_itself
+        for index, member in over.items()
     ]
-    left = [index for index, member in enumerate(members) if member is None or not member.ended_by_itself]
+    left = [index for index in range(len(members)) if index not in over]
     return {
         index: TreePlace(
             spec=spec,

@@ -6,6 +6,7 @@ it left. What left a trajectory later lies nearer to it, so that no line crosses
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from html import escape
@@ -35,9 +36,9 @@ def _num_branches(group: Group) -> int:
 
 
 def reward_of(trajectory: Trajectory) -> float | None:
-    """A trajectory's reward, from a hook or from a task's verifier."""
+    """A trajectory's reward, from a hook or from a task's verifier, if it has one that is a finite number."""
     value = trajectory.metadata.get(REWARD) if trajectory.reward is None else trajectory.reward
-    return float(value) if isinstance(value, (int, float)) else None
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def tree_caption(group: Group) -> str:
@@ -64,31 +65,31 @@ def tree_caption(group: Group) -> str:
 def tree_svg(group: Group) -> str:
     """The picture; see the module."""
     rows = list(_in_order(group))[:MAX_ROWS]
-    row_of = {one.index: row for row, (one, _) in enumerate(rows)}
+    row_of = {one.index: row for row, one in enumerate(rows)}
     top = 12.0
     bottom = top + _ROW_PX * len(rows)
-    longest = max((len(one.output_token_ids) for one, _ in rows), default=0)
+    longest = max((len(one.output_token_ids) for one in rows), default=0)
     x = Axis(max(1.0, float(longest)), LEFT, WIDTH - RIGHT - _LABEL_PX)
     parts = [x_ticks(x, bottom, x.ticks(8, whole=True), top=top)]
-    parts += [_link(one, row, row_of, x, top) for row, (one, _) in enumerate(rows)]
-    parts += [_bar(group, one, row, x, top) for row, (one, _) in enumerate(rows)]
+    parts += [_link(one, row, row_of, x, top) for row, one in enumerate(rows)]
+    parts += [_bar(group, one, row, x, top) for row, one in enumerate(rows)]
     parts.append(text((x.start_px + x.end_px) / 2, bottom + 34, "output tokens", "", "middle"))
     return svg(bottom + 42, f"Tree of group {group.group_id}", parts)
 
 
-def _in_order(group: Group) -> Iterator[tuple[Trajectory, int]]:
-    """Trajectories, each before its branches, with their depths."""
+def _in_order(group: Group) -> Iterator[Trajectory]:
+    """Trajectories, each before its branches."""
     children: defaultdict[int | None, list[Trajectory]] = defaultdict(list)
     known = {one.index for one in group.trajectories}
     for one in group.trajectories:
         children[one.branch.of if one.branch is not None and one.branch.of in known else None].append(one)
     for own in children.values():
         own.sort(key=lambda one: (-_start(one), one.index))
-    stack = [(one, 0) for one in reversed(children[None])]
+    stack = children[None][::-1]
     while stack:
-        one, depth = stack.pop()
-        yield one, depth
-        stack += [(child, depth + 1) for child in reversed(children[one.index])]
+        one = stack.pop()
+        yield one
+        stack += reversed(children[one.index])
 
 
 def _start(trajectory: Trajectory) -> int:
