@@ -148,6 +148,9 @@ class Trees:
                 _note(tree, path, output)
             tree.past[index] = PastPath(array("i", member.request.output_token_ids), path.values, member.park)
             self._ended.append((tree, index, path, by_itself))
+        elif member.park is not None:
+            # It may have been about to go on, and ended with a token that was on its way.
+            self._scheduler._kv.forget([member.park])
 
     def cut(self, member: Member) -> None:
         """A member is gone because its round is over, with all others of its tree.

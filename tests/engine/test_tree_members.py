@@ -21,7 +21,8 @@ def member(index: int, num_tokens: int, finish_reason: str, stop_reason: str | N
     return Trajectory(
         trajectory_id=f"r/0/{index}", round_id="r", group_id="g", index=index, prompt_token_ids=[5],
         output_token_ids=[7] * num_tokens, logprobs=[-1.0] * num_tokens, source_mask=[1] * num_tokens,
-        weight_versions=[VersionSpan("0", 0, num_tokens)] if num_tokens else [], segments=[], finish_reason=finish_reason, stop_reason=stop_reason,
+        weight_versions=[VersionSpan("0", 0, num_tokens)] if num_tokens else [],
+        segments=[], finish_reason=finish_reason, stop_reason=stop_reason,
         timings=Timings(submitted_s=0.0), tokens=TokenCounts(), metadata={},
     )  # fmt: skip
 

@@ -62,6 +62,7 @@ SPECS = {
     "by log-prob": TreeSpec(width=8, depth=4, segment_tokens=6, split="logprob", split_scope="segment"),
     "levels": TreeSpec(width=8, depth=4, segment_tokens=6, synchronous=True),
     "levels of single tokens": TreeSpec(width=9, depth=5, segment_tokens=1, synchronous=True),
+    "levels of roots": TreeSpec(width=5, depth=4, segment_tokens=5, max_roots=3, synchronous=True),
     "levels by log-prob": TreeSpec(width=8, depth=4, segment_tokens=8, synchronous=True, split="logprob"),
 }
 
@@ -287,15 +288,19 @@ def test_everything_is_aborted(make: Make, num_steps: int, spec: TreeSpec) -> No
     engine.drain()
 
 
-@pytest.mark.parametrize("spec", [SPECS["plain"], SPECS["levels"]], ids=["plain", "levels"])
-def test_paths_end_anywhere(make: Make, spec: TreeSpec) -> None:
+@pytest.mark.parametrize("name", ["plain", "roots", "levels", "levels of single tokens", "levels of roots"])
+def test_paths_end_anywhere(make: Make, name: str) -> None:
     """At any token: with asynchronous scheduling a path that is held may end with the token that was on its way."""
-    engine = make()
-    for end in range(1, 20):
-        tree = GrownTree(engine, spec, PROMPT, round_id=f"r{end}", stop_token_ids=[expected_tokens(PROMPT, end)[-1]])
-        tree.run()
-        check(tree)
-        assert {len(tokens) for tokens in tree.tokens.values()} == {end}
+    engine, spec = make(), SPECS[name]
+    for end in range(1, spec.max_tokens + 1):
+        *before, last = expected_tokens(PROMPT, end)
+        ways: list[dict[str, Any]] = [{"length": end}] + [{"stop_token_ids": [last]}] * (last not in before)
+        for number, how in enumerate(ways * 3):
+            tree = GrownTree(engine, spec, PROMPT, round_id=f"{end} {number}", seed=number, **how)
+            tree.run()
+            check(tree)
+            assert {len(tokens) for tokens in tree.tokens.values()} == {end}
+            assert engine.scheduler.rollout_rpc("counters", {})["parked_trajectories"] == 0
 
 
 def test_a_tree_of_which_nothing_can_go_on_is_dismissed_and_others_begin(make: Make) -> None:
