@@ -47,26 +47,26 @@ class Region:
     key: str
     prompt_tokens: int
     num_trajectories: int
+    num_repeats: int = 2
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shape of a trajectory, and runs of each arm."""
+    """Shape of a trajectory."""
 
     segment_tokens: int = 64
     num_observations: int = 8
     observation_tokens: int = 32
-    num_repeats: int = 3
 
 
-MAIN = Region("short prompts", 48, 8)
+MAIN = Region("short prompts", 48, 8, num_repeats=3)
 OTHER_REGIONS = (Region("long prompts", 512, 8), Region("one at once", 48, 1))
 
 
 def main() -> None:
     """Run the regions and print the figures."""
     flags = bench_io.parse_flags(__doc__)
-    sizes = Sizes(16, 4, 8, 2) if flags.quick else Sizes()
+    sizes = Sizes(16, 4, 8) if flags.quick else Sizes()
     with ExitStack() as stack:
         workers = {arm: stack.enter_context(worker) for arm, worker in _start_workers(resolve_model("smollm2")).items()}
         for worker in workers.values():
@@ -87,7 +87,7 @@ def _measure(region: Region, sizes: Sizes, workers: dict[str, bench_io.Worker]) 
     """Alternate the arms, in random order, over fresh prompts for each repeat."""
     order = random.Random(region.key)
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    for repeat in range(sizes.num_repeats):
+    for repeat in range(region.num_repeats):
         for arm in order.sample(ARMS, len(ARMS)):
             runs[arm].append(workers[arm].ask(_job(region, sizes, repeat)))
     assert len({run["num_sampled"] for own in runs.values() for run in own}) == 1, "the arms did different work"
