@@ -7,6 +7,7 @@ true, because a hook has changed it, stays whole.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,9 +78,11 @@ def unpack(packed: PackedTrajectory, members: Mapping[int, Trajectory | None]) -
 
 
 def pack_members(members: Sequence[Trajectory | None]) -> list[PackedTrajectory | None]:
-    """The members of a group."""
-    by_index = {one.index: one for one in members if one is not None}
-    return [None if one is None else pack(one, by_index) for one in members]
+    """The members of a group. All stay whole if a hook has given two of them one index."""
+    there = [one for one in members if one is not None]
+    by_index = {one.index: one for one in there}
+    known = by_index if len(by_index) == len(there) else {}
+    return [None if one is None else pack(one, known) for one in members]
 
 
 def unpack_members(packed: Sequence[PackedTrajectory | None]) -> list[Trajectory | None]:
@@ -89,15 +92,23 @@ def unpack_members(packed: Sequence[PackedTrajectory | None]) -> list[Trajectory
         ValueError: see `unpack`.
 
     """
-    left = {one.index: one for one in packed if one is not None}
+    place_of = {one.index: place for place, one in enumerate(packed) if one is not None}
+    whole: list[Trajectory | None] = [None] * len(packed)
+    children: defaultdict[int, list[tuple[int, PackedTrajectory]]] = defaultdict(list)
+    ready: list[tuple[int, PackedTrajectory]] = []
+    for place, one in enumerate(packed):
+        if one is None:
+            continue
+        has_parent = one.num_shared and one.branch is not None and one.branch.of in place_of
+        (children[place_of[one.branch.of]] if has_parent and one.branch else ready).append((place, one))
     done: dict[int, Trajectory | None] = {}
-    while left:
-        ready = [one for one in left.values() if not one.num_shared or one.branch is None or one.branch.of in done]
-        # Members that wait for each other, or for one that is not here: `unpack` says which.
-        for one in ready or list(left.values()):
-            done[one.index] = unpack(one, done)
-            del left[one.index]
-    return [None if one is None else done[one.index] for one in packed]
+    while ready:
+        place, one = ready.pop()
+        whole[place] = done[one.index] = unpack(one, done)
+        ready += children.pop(place, ())
+    for (_, one), *_ in children.values():
+        unpack(one, {})  # They wait for each other: it raises.
+    return whole
 
 
 def pack_group(group: Group) -> PackedGroup:

@@ -117,3 +117,31 @@ def test_wrong_parents_are_refused() -> None:
     for case in cases:
         with pytest.raises(ValueError, match=r"tokens|cover"):
             unpack_members([good, case] if case.index else [case])
+
+
+def test_members_that_wait_for_each_other_are_refused() -> None:
+    good = pack(tree(1, 1).trajectories[0], {})
+    first = msgspec.structs.replace(good, num_shared=1, branch=Branch(of=1, at=1))
+    second = msgspec.structs.replace(good, index=1, num_shared=1, branch=Branch(of=0, at=1))
+    with pytest.raises(ValueError, match="nothing has its first 1 tokens"):
+        unpack_members([first, second])
+
+
+def test_two_members_of_one_index_stay_whole() -> None:
+    group = tree(3, 5)
+    members = [*group.trajectories, msgspec.structs.replace(group.trajectories[-1], index=0)]
+    packed = pack_members(members)
+    assert not any(one.num_shared for one in packed if one is not None)
+    assert unpack_members(packed) == members
+
+
+def test_a_long_chain_of_branches() -> None:
+    """As long as a group may be, and every member before the one that it left."""
+    first = tree(1, 1).trajectories[0]
+    chain = [first]
+    for index in range(1, 5000):
+        (child,) = branches(chain[-1], 1, {index: f"r/g/{index}"}, [None])
+        chain.append(joined(child, part(random.Random(index), 1, trajectory_id=f"r/g/{index}", index=index)))
+    packed = pack_members(chain[::-1])
+    assert sum(one.num_shared for one in packed if one is not None) == len(chain) - 1
+    assert unpack_members(packed) == chain[::-1]
