@@ -112,6 +112,9 @@ class CarryForks:
         index = trajectory_id.rpartition("/")[2]
         if serial is not None and index.isdecimal() and self._round.may_branch(serial):
             group, place = self._round.store.carried[serial], int(index)
+            if group.sampling.tree is not None:
+                what = "a trajectory that is not of a tree, which grows by itself"
+                raise InvalidInputError("trajectory_id", what, trajectory_id)
             if place < len(group.members) and group.trajectory_id(place) == trajectory_id:
                 return group, place
         raise InvalidInputError("trajectory_id", "a trajectory of a group that is not complete", trajectory_id)

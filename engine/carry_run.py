@@ -396,7 +396,7 @@ class CarryRun:
             yield
         except InvalidInputError:
             engine = self._driver.engine
-            self._fresh.discard_unfit(self._group_size, engine.tokenizer, engine.limits)
+            self._fresh.discard_unfit(self._group_size, self._sampling, engine.tokenizer, engine.limits)
             raise
 
     def _add_fresh(self, prompts: Sequence[Any]) -> None:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
+from longtail.engine.config import SamplingConfig
 from longtail.engine.errors import InvalidInputError
 from longtail.engine.hook_points import HookPoints
 from longtail.engine.judging import Inbox
 from longtail.engine.prompt_source import PromptSource
 from longtail.engine.prompts import Prompt, PromptLimits, Tokenizer, as_prompt, tokenize_prompts
+from longtail.engine.tree_members import check_budgets
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +73,16 @@ class FreshPrompts:
             self.num_preparing -= len(batch.prompts)
             yield [prompt.result() for prompt in batch.prompts]
 
-    def discard_unfit(self, group_size: int, tokenizer: Tokenizer | None, limits: PromptLimits) -> None:
+    def discard_unfit(
+        self, group_size: int, sampling: SamplingConfig, tokenizer: Tokenizer | None, limits: PromptLimits
+    ) -> None:
         """Forget the prompts of an iterator that ended the round: they would end the next one as well."""
         names: set[str] = set()
 
         def is_unfit(value: Any) -> bool:
             try:
                 prompt = as_prompt(value, "prompt")
-                tokenize_prompts([prompt], group_size, tokenizer, limits)
+                check_budgets(tokenize_prompts([prompt], group_size, tokenizer, limits), sampling)
             except InvalidInputError:
                 return True
             is_doubled = prompt.group_id in names

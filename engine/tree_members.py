@@ -94,11 +94,7 @@ def places(
 
 
 def _sums(spec: TreeSpec, member: Trajectory) -> list[float]:
-    if spec.split == "uniform":
-        return []
-    # Entropies of another round are not kept; what a token was worth in surprise has the same mean.
-    sign = 1.0 if spec.split == "logprob" else -1.0
-    return sums_of([sign * value for value in member.logprobs], spec.segment_tokens)
+    return [] if spec.split == "uniform" else sums_of(spec.split, member.logprobs, spec.segment_tokens)
 
 
 def born(plan: MemberPlan, birth: BirthReport, parent: Trajectory) -> MemberPlan:

@@ -56,9 +56,13 @@ class PathValues:
         )
 
 
-def sums_of(values: Sequence[float], segment_tokens: int) -> list[float]:
-    """`PathValues`' sums of a path whose values are all known."""
-    totals = np.cumsum(values, dtype=np.float64)
+def sums_of(split: SplitBy, logprobs: Sequence[float], segment_tokens: int) -> list[float]:
+    """`PathValues`' sums of a path of which the log-probs of all tokens are known.
+
+    Entropies are not: what a token was worth in surprise has the same mean.
+    """
+    values = _finite(np.asarray(logprobs, dtype=np.float64))
+    totals = np.cumsum(values if split == "logprob" else -values)
     return [*totals[segment_tokens - 1 :: segment_tokens].tolist(), *totals[-1:].tolist()]
 
 
@@ -73,13 +77,17 @@ def values_of(split: SplitBy, logprobs: npt.NDArray[np.float32]) -> list[float]:
         One value a token. Entropies, in nats, take all that the N leave for one token more: they are a lower bound.
 
     """
-    # vLLM's own bound; a model that makes NaNs must not stop the scheduler.
-    logprobs = np.nan_to_num(logprobs.astype(np.float64), nan=_LOWEST, posinf=0.0, neginf=_LOWEST)
+    finite = _finite(logprobs.astype(np.float64))
     if split == "logprob":
-        return list(map(float, logprobs[:, 0]))
-    top = logprobs[:, 1:]
+        return list(map(float, finite[:, 0]))
+    top = finite[:, 1:]
     mass = np.exp(top)
     rest = np.clip(1.0 - mass.sum(axis=1), 0.0, 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(mass > 0, mass * top, 0.0).sum(axis=1) + np.where(rest > 1e-6, rest * np.log(rest), 0.0)
     return list(map(float, -terms))
+
+
+def _finite(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A model that makes NaNs must not stop the scheduler; the lowest is vLLM's own bound."""
+    return np.nan_to_num(logprobs, nan=_LOWEST, posinf=0.0, neginf=_LOWEST)

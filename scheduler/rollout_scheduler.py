@@ -239,10 +239,11 @@ class RolloutMixin(_Base):
         if (member := self._members.get(output.request_id)) is None:
             return
         if output.finish_reason in _NATURAL and (member.stop or member.stops_at_boxed):
-            # The last tokens of its budget may complete a stop string. Of any other member the front end finds it, and
-            # says so.
-            hit = self._stop_strings.first_hit(output.request_id, output.new_token_ids)
-            if hit is not None and (output.finish_reason is FinishReason.LENGTH or hit.text is None):
+            # What ends it may come first, or with the last token of its budget; an end token has no text. Of any other
+            # member the front end finds it, and says so.
+            num_texts = len(output.new_token_ids) - (output.finish_reason is FinishReason.STOP)
+            hit = self._stop_strings.first_hit(output.request_id, output.new_token_ids[:num_texts])
+            if hit is not None and (hit.text is None or hit.text in member.stop):
                 _say_what_stopped(member, output, hit)
         self._drop_member(output.request_id)
         if output.finish_reason in _NATURAL:
@@ -371,10 +372,9 @@ class RolloutMixin(_Base):
 
 
 def _say_what_stopped(member: Member, output: EngineCoreOutput, hit: Hit) -> None:
-    """Give a member's output the reason of its end, if the front end does not find that itself."""
+    """Take back what a member has beyond its end, and give the reason, if the front end does not find that itself."""
+    keep_first(member.request, output, hit.num_tokens)
     if hit.text is None:
-        # Of a stop string stock vLLM keeps all tokens of the step too.
-        keep_first(member.request, output, hit.num_tokens)
         output.finish_reason, output.stop_reason = FinishReason.STOP, BOXED_STOP_REASON
     elif hit.text in member.stop:
         output.finish_reason, output.stop_reason = FinishReason.STOP, hit.text

@@ -168,11 +168,10 @@ class RoundBook:
         self._round_of[request_id] = metadata.round
         return Admission.ADMIT
 
-    def has_members(self, round_id: str, group_id: str) -> bool:
-        """Whether a group of a round that is not over has live members, or some that finished."""
+    def knows_group(self, round_id: str, group_id: str) -> bool:
+        """Whether a group of a round that is not over has, or had, members."""
         entry = self._find(round_id)
-        group = None if entry is None or entry.closed else entry.groups.get(group_id)
-        return group is not None and bool(group.live or group.finished)
+        return entry is not None and not entry.closed and group_id in entry.groups
 
     def reserve(self, round_id: str, group_id: str, count: int) -> int:
         """Make room for `count` more members in a group, which is not complete before they finished.

@@ -41,17 +41,18 @@ class _Watched:
     request: Request
     detokenizer: Any
     boxed: BoxedAnswer | None
+    num_read: int
 
     def read(self, token_ids: list[int]) -> Hit | None:
-        """The first that ends it within these tokens, which its output has already."""
+        """The first that ends it within these tokens, the next of its output."""
         params = self.request.sampling_params
         assert params is not None
-        num_before = self.request.num_output_tokens - len(token_ids)
         for count, token_id in enumerate(token_ids, start=1):
+            self.num_read += 1
             if (text := self.detokenizer.update([token_id], False)) is not None:
                 return Hit(count, text)
             is_boxed = self.boxed is not None and self.boxed.is_complete_in(self.detokenizer.output_text)
-            if is_boxed and num_before + count >= params.min_tokens:
+            if is_boxed and self.num_read >= params.min_tokens:
                 return Hit(count, None)
         return None
 
@@ -89,7 +90,7 @@ class StopStringWatch:
             request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, sampling_params=params
         )
         detokenizer: Any = IncrementalDetokenizer.from_new_request(self._tokenizer, source)
-        self._watched[request.request_id] = _Watched(request, detokenizer, boxed)
+        self._watched[request.request_id] = _Watched(request, detokenizer, boxed, len(prior))
         detokenizer.update(prior, False)
         if boxed is not None:
             boxed.is_complete_in(detokenizer.output_text)

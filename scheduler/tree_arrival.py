@@ -46,7 +46,8 @@ class Tree:
     """One tree of a scheduler.
 
     Attributes:
-        spec, seed, request: of the first member that arrived; the others have the same prompt and budget.
+        spec, seed, kv_policy: of the first member that arrived; the others say the same.
+        request: its own; the others have the same prompt and budget.
         key: round and group.
         num_missing: members that have not arrived.
         num_kv_tokens: what it is planned to need of the pool.
@@ -61,6 +62,7 @@ class Tree:
 
     spec: TreeSpec
     seed: int
+    kv_policy: str
     request: Request
     key: tuple[str, str]
     num_missing: int
@@ -77,7 +79,9 @@ class Tree:
         """The tree that a member is the first of."""
         request, key = member.request, (metadata.round, metadata.group)
         num_kv_tokens = place.spec.num_planned_tokens(request.num_prompt_tokens, request.max_tokens)
-        return Tree(place.spec, place.seed, request, key, metadata.group_size, num_kv_tokens)
+        return Tree(
+            place.spec, place.seed, metadata.kv_policy, request, key, metadata.group_size, num_kv_tokens
+        )  # fmt: skip
 
     def arrive(self, member: Member, metadata: RolloutMetadata, place: TreePlace) -> None:
         """A checked member is there."""
@@ -101,7 +105,7 @@ class Tree:
 
 
 def check_member(
-    metadata: RolloutMetadata, request: Request, tree: Tree | None, *, has_begun: bool, vocab_size: int, max_len: int
+    metadata: RolloutMetadata, request: Request, tree: Tree | None, *, is_known: bool, vocab_size: int, max_len: int
 ) -> None:
     """Check a member that arrives against its tree.
 
@@ -109,7 +113,7 @@ def check_member(
         metadata: of it.
         request: its own, with prior tokens at the end of the prompt.
         tree: that of its group, if one is there.
-        has_begun: its group has other members.
+        is_known: its group has, or had, other members.
         vocab_size: of the model.
         max_len: tokens that a request may have, prompt included.
 
@@ -122,8 +126,12 @@ def check_member(
         if tree is not None:
             raise InvalidInputError(_TREE, "a place in the tree that the other members are of", None)
         return
-    if tree is None and has_begun:
-        raise InvalidInputError(_TREE, "nothing, in a group that has members already, and no tree that grows", place)
+    if tree is None and is_known:
+        raise InvalidInputError(_TREE, "nothing, in a group that began without a tree, or whose tree is over", place)
+    num_paths = metadata.group_size + len(place.ended)
+    if num_paths > place.spec.width:
+        what = f"at most {place.spec.width} members and paths that ended, the width of the tree"
+        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.group_size", what, num_paths)
     assert request.sampling_params is not None
     if request.sampling_params.stop:
         what = f"nothing, in a tree; its stop strings are `{EXTRA_ARGS_KEY}.stop`"
@@ -152,6 +160,8 @@ def _check_against(tree: Tree, place: TreePlace, metadata: RolloutMetadata, requ
         raise InvalidInputError(f"{_TREE}.spec", f"{tree.spec}, {others}", place.spec)
     if place.seed != tree.seed:
         raise InvalidInputError(f"{_TREE}.seed", f"{tree.seed}, {others}", place.seed)
+    if metadata.kv_policy != tree.kv_policy:
+        raise InvalidInputError(f"{EXTRA_ARGS_KEY}.kv_policy", f"{tree.kv_policy}, {others}", metadata.kv_policy)
     for name, path in place.paths():
         if tree.knows(path):
             raise InvalidInputError(f"{_TREE}.{name}", "a path that has not arrived yet", path)

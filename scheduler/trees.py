@@ -76,7 +76,7 @@ class Trees:
             metadata,
             request,
             self._trees.get((metadata.round, metadata.group)),
-            has_begun=self._scheduler._book.has_members(metadata.round, metadata.group),
+            is_known=self._scheduler._book.knows_group(metadata.round, metadata.group),
             vocab_size=model.get_vocab_size(),
             max_len=self._scheduler.max_model_len,
         )

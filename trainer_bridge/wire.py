@@ -32,6 +32,8 @@ MAX_HEADER_BYTES = 1 << 18
 MAX_CHUNK_BYTES = 1 << 24
 MAX_PROMPTS_BYTES = 1 << 26
 MAX_DELIVERY_BYTES = 1 << 30
+#: Tokens that the branches of a group leave out: as many as a delivery could hold of whole trajectories.
+MAX_SHARED_TOKENS = MAX_DELIVERY_BYTES // 16
 #: So long, at least, a connection may need for one frame before either side gives it up.
 LINK_TIMEOUT_MS = 20_000
 #: Of what a client calls itself, a round or a push.
@@ -605,6 +607,9 @@ def decode_result(payload: Buffer, kind: type[Result]) -> Result:
     """
     result: Any = _decode_payload(payload, _results[kind])
     if isinstance(result, PackedGroup):
+        num_shared = sum(max(0, one.num_shared) for one in result.trajectories)
+        if num_shared > MAX_SHARED_TOKENS:
+            raise WireError("payload", f"at most {MAX_SHARED_TOKENS} tokens that branches share", num_shared)
         try:
             result = unpack_group(result)
         except ValueError as error:

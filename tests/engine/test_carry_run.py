@@ -23,6 +23,7 @@ from longtail.engine.hook_points import Verdict
 from longtail.engine.prompts import Prompt
 from longtail.engine.trajectory import Group, Round, Trajectory
 from longtail.scheduler.rollout_scheduler import make_scheduler
+from longtail.scheduler.tree_policy import TreeSpec
 
 PROMPTS = [[5 + n, 6, 7, 8] for n in range(20)]
 SAMPLING = SamplingConfig(max_tokens=20, ignore_eos=True)
@@ -221,3 +222,37 @@ def test_a_version_names_one_set_of_weights(vllm_config: Any, tmp_path: Path) ->
     with pytest.raises(InvalidInputError, match=r"engine.weight_version: expected at least 7.*got 5"):
         CarryBook(config, None, 5)
     CarryBook(config, None, 7).close()
+
+
+TREE = SamplingConfig(max_tokens=20, ignore_eos=True, tree=TreeSpec(width=4, depth=5, segment_tokens=4))
+
+
+def test_a_tree_that_was_carried_is_not_forked_by_hand(vllm_config: Any) -> None:
+    """Its members would be more than its leaves: it could never go on."""
+    rounds = Rounds(vllm_config, CarryConfig())
+    prompts = [
+        Prompt(token_ids=ids, max_tokens=[budget] * 4) for ids, budget in zip(PROMPTS, (4, 20, 20), strict=False)
+    ]
+    rounds.start(prompts, 1, 3.0, sampling=TREE, round_id="a")
+    rounds.finish()
+    (serial, group), *_ = rounds.book.store.carried.items()
+    assert any(group.num_tokens(index) > 2 for index in range(4))
+    run = rounds.start(prompts, 1, 1.0, can_fork=True, round_id="b")
+    for _ in range(2):
+        with pytest.raises(InvalidInputError) as caught:
+            run.ask_fork(f"a/{serial}.0/0", 1, 1, None)
+        assert caught.value.field == "trajectory_id"
+        rounds.steps(3)
+    rounds.finish()
+    assert all(len(one.members) == 4 for one in rounds.book.store.groups() if one.sampling.tree is not None)
+
+
+def test_a_prompt_with_two_budgets_for_one_tree_ends_one_round_only(vllm_config: Any) -> None:
+    rounds = Rounds(vllm_config, CarryConfig())
+    prompts = iter([Prompt(token_ids=PROMPTS[0], max_tokens=[4, 8, 8, 8]), *PROMPTS[1:]])
+    with pytest.raises(InvalidInputError) as caught:
+        rounds.start(prompts, 1, sampling=TREE)
+    assert caught.value.field == "prompts[0].max_tokens"
+    rounds.start(prompts, 1, sampling=TREE)
+    done, _ = rounds.finish()
+    assert len(done.groups[0].trajectories) == 4

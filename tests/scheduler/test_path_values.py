@@ -31,7 +31,7 @@ def test_figures_are_means_over_the_path_and_its_last_segment(values: list[float
 
 @given(VALUES, VALUES, st.integers(1, 7))
 def test_a_path_that_goes_on_has_the_same_figures(before: list[float], after: list[float], size: int) -> None:
-    whole, resumed = PathValues(size), PathValues(size, sums_of(before, size), len(before))
+    whole, resumed = PathValues(size), PathValues(size, sums_of("logprob", before, size), len(before))
     whole.extend([*before, *after])
     resumed.extend(after)
     for k in range((len(before) + len(after)) // size + 2):
@@ -66,4 +66,11 @@ def test_values_are_log_probs_or_entropies() -> None:
 def test_what_a_broken_model_says_is_finite(split: SplitBy) -> None:
     rows = np.array([[np.nan, np.nan, np.nan], [-np.inf, np.inf, -np.inf]], dtype=np.float32)
     assert np.isfinite(values_of(split, rows)).all()
+    assert np.isfinite(sums_of(split, [math.nan, math.inf, -math.inf, -1.0], 2)).all()
     assert not np.isfinite(rows).any(), "the log-probs themselves are left alone"
+
+
+def test_surprise_stands_in_for_entropies_of_another_round() -> None:
+    assert sums_of("entropy", [-1.0, -2.0, -3.0], 2) == [3.0, 6.0]
+    assert sums_of("logprob", [-1.0, -2.0, -3.0], 2) == [-3.0, -6.0]
+    assert sums_of("logprob", [], 2) == []

@@ -1,4 +1,4 @@
-"""What ends a member within the tokens of one step: found at its token, and only boxed answers trim what is after."""
+"""What ends a member within the tokens of one step: found at its token, and what is after it is taken back."""
 
 from __future__ import annotations
 
@@ -84,12 +84,11 @@ def test_an_answer_before_min_tokens_is_none(tokenizer: Any, size: int) -> None:
 
 @pytest.mark.parametrize(("at_boxed", "stop", "kept", "reason"), [
     (True, (), "4}", BOXED_STOP_REASON),
-    (False, ("4}",), TEXT, "4}"),
+    (False, ("it",), "it", "it"),
 ])  # fmt: skip
-def test_tokens_after_a_boxed_answer_are_taken_back(
+def test_tokens_after_its_end_are_taken_back(
     tokenizer: Any, at_boxed: bool, stop: tuple[str, ...], kept: str, reason: str
 ) -> None:
-    """Those after a stop string stay, as in stock vLLM, where the text alone is trimmed."""
     one = Watched(tokenizer, at_boxed=at_boxed, stop=stop)
     found = one.run(100)
     assert found is not None
@@ -115,3 +114,4 @@ def test_what_the_front_end_finds_itself_has_no_reason_from_here(tokenizer: Any)
     output = EngineCoreOutput("x", list(one.tokens))
     _say_what_stopped(Member(one.request, 0.0, 0.0), output, found[1])
     assert output.finish_reason is None
+    assert len(output.new_token_ids) == one.token_of("4}")

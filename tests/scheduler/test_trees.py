@@ -359,6 +359,7 @@ def ended_path(**changes: Any) -> dict[str, Any]:
         ({"tree": ended_path(token_ids=[1 << 40])}, "rollout.tree.ended[0].token_ids"),
         ({"tree": ended_path(sums=[float("nan")])}, "rollout.tree.ended[0].sums"),
         ({"tree": ended_path() | {"sums": [float("inf")]}}, "rollout.tree.sums"),
+        ({"group_size": 2, "tree": ended_path()}, "rollout.group_size"),
         ({"tree": {"spec": {"width": 2, "depth": 2, "segment_tokens": 4}, "seed": 0, "path": 0}}, "rollout.tree.ended"),
     ],
 )
@@ -405,6 +406,7 @@ def test_a_member_that_contradicts_its_tree_is_answered(make: Make) -> None:
     engine.add("other prompt", PROMPT[1:], 8, right)
     engine.add("other budget", PROMPT, 7, right)
     engine.add("other salt", PROMPT, 8, right, cache_salt="x")
+    engine.add("other policy", PROMPT, 8, right | {"kv_policy": "stale"})
     ended = [{"path": 0, "token_ids": [3], "by_itself": True}]
     engine.add("ended is there", PROMPT, 8, second | {"tree": {**good["tree"], "path": 1, "ended": ended}})
     engine.add("second", PROMPT, 8, right)
@@ -414,7 +416,8 @@ def test_a_member_that_contradicts_its_tree_is_answered(make: Make) -> None:
     fields = {
         "other spec": "rollout.tree.spec", "no tree": "rollout.tree", "same path": "rollout.tree.path",
         "other seed": "rollout.tree.seed", "other prompt": "prompt", "other budget": "max_tokens",
-        "other salt": "cache_salt", "ended is there": "rollout.tree.ended[0].path", "too late": "rollout.tree",
+        "other salt": "cache_salt", "other policy": "rollout.kv_policy",
+        "ended is there": "rollout.tree.ended[0].path", "too late": "rollout.tree",
     }  # fmt: skip
     assert {name: end.stop_reason.partition(":")[0] for name, end in ends.items() if name in fields} == fields
     assert ends.keys() == {*fields, "first", "second"}
@@ -431,6 +434,20 @@ def test_a_tree_in_a_group_that_began_without_one_is_answered(make: Make) -> Non
     ends = {output.request_id: output for output in outputs if output.finish_reason is not None}
     assert ends["tree"].stop_reason.startswith("rollout.tree: expected nothing, in a group")
     assert ends["first"].finish_reason is FinishReason.LENGTH
+
+
+def test_a_member_of_a_tree_whose_others_were_aborted_is_answered(make: Make) -> None:
+    """The others will not come: it would wait for them forever."""
+    engine = make()
+    tree = {"spec": {"width": 2, "depth": 2, "segment_tokens": 4}, "seed": 0, "path": 0}
+    good = {"round": "r", "target_groups": 1, "group": "g", "group_size": 2, "index": 0, "park": "p", "tree": tree}
+    engine.add("first", PROMPT, 8, good)
+    engine.scheduler.finish_requests(["first"], RequestStatus.FINISHED_ABORTED)
+    engine.add("second", PROMPT, 8, good | {"index": 1, "park": "q", "tree": tree | {"path": 1}})
+    outputs = [output for _, step in engine.run() for output in step] + engine.drain()
+    (end,) = outputs
+    assert end.request_id == "second"
+    assert str(end.stop_reason).startswith("rollout.tree: expected nothing, in a group")
 
 
 def test_a_broken_tail_copy_is_noticed(make: Make) -> None:
