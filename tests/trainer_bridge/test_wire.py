@@ -10,7 +10,7 @@ import pytest
 from wire_examples import TO_CLIENT, TO_SERVICE, trajectory
 
 from longtail.engine.prompts import Prompt
-from longtail.engine.trajectory import Group, Trajectory
+from longtail.engine.trajectory import Branch, Group, Trajectory
 from longtail.trainer_bridge import wire
 
 PREFIX = b"LTBRID" + struct.pack("<H", wire.PROTOCOL_VERSION)
@@ -107,6 +107,19 @@ def test_a_message_that_is_too_long_is_not_sent() -> None:
 def test_results_come_back_exactly() -> None:
     group = Group(group_id="g", trajectories=[trajectory(), trajectory(index=1, seed=2**63 - 1)], complete=True)
     assert wire.decode_result(wire.encode_payload(group), Group) == group
+
+
+def test_branches_may_not_share_more_than_a_delivery_could_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small message must not become a large group: two branches that share two tokens each are four."""
+    children = [trajectory(index=index, branch=Branch(of=0, at=2)) for index in (1, 2)]
+    group = Group(group_id="g", trajectories=[trajectory(), *children], complete=True)
+    payload = wire.encode_payload(group)
+    monkeypatch.setattr(wire, "MAX_SHARED_TOKENS", 4)
+    assert wire.decode_result(payload, Group) == group
+    monkeypatch.setattr(wire, "MAX_SHARED_TOKENS", 3)
+    with pytest.raises(wire.WireError, match="at most 3 tokens that branches share") as caught:
+        wire.decode_result(payload, Group)
+    assert caught.value.problem == "payload"
 
 
 def test_a_trajectory_whose_arrays_differ_in_length_is_refused() -> None:
