@@ -11,12 +11,13 @@ same number of leaves, whose paths have at most `depth` segments of the same len
 The client lives in the engine's process and steps the engine itself, which is the least that a client can cost, and
 takes its decisions from the same policy as longtail, in its synchronous mode.
 
-Grid: width 4, 8 and 16 by depth 4, 8 and 14, segments of 32 tokens, 32 leaves in all; paths do not end before their
-budget, so that all arms return the same number of tokens. Other regions, at width 16 and depth 8: segments of 128
-tokens, whose resubmission costs less; and questions of `gsm_symbolic`, whose answers end by themselves, so that paths
-that ended are branched inside (fallback). There the arms return different tokens.
+Width 16, depth 8, segments of 32 tokens, 64 leaves, which is two for each slot. Grid: width 4, 8 and 16 by depth 4, 8
+and 14 with 32 leaves, one for each slot: trees are narrow when they begin, and nothing else is there to fill the batch.
+Paths do not end before their budget, so that all arms return the same number of tokens. Other regions, at width 16 and
+depth 8: segments of 128 tokens, whose resubmission costs less; and questions of `gsm_symbolic`, whose answers end by
+themselves, so that paths that ended are branched inside (fallback). There the arms return different tokens.
 
-Last line: one JSON object with, at width 16 and depth 8, `computed_token_saving` (1 - tokens through the model of
+Last line: one JSON object with, at width 16, depth 8 and 64 leaves, `computed_token_saving` (1 - tokens through the model of
 `tree` / those of `independent`), `speedup_vs_independent` and `speedup_vs_client` (trajectories a second, medians over
 repeats with their range, and the same of CPU time, `_cpu`), `recomputed_at_forks` (tokens of all trees that had KV and
 went through the model again); all cells in `cells`; where trees lose in `losses`.
@@ -57,12 +58,16 @@ class Cell:
     @property
     def key(self) -> str:
         """What it is called."""
-        more = "" if self.segment_tokens == 32 else f", segments of {self.segment_tokens}"
-        return f"width {self.width}, depth {self.depth}{more}" + (f", {self.task}" if self.task else "")
+        parts = [f"width {self.width}, depth {self.depth}"]
+        if self.segment_tokens != 32:
+            parts.append(f"segments of {self.segment_tokens}")
+        if self.num_leaves != 32:
+            parts.append(f"{self.num_leaves} leaves")
+        return ", ".join(parts + [self.task] * (self.task is not None))
 
 
-MAIN = Cell(16, 8, num_repeats=3)
-GRID = tuple(Cell(width, depth) for width in (4, 8, 16) for depth in (4, 8, 14) if (width, depth) != (16, 8))
+MAIN = Cell(16, 8, num_leaves=64, num_repeats=3)
+GRID = tuple(Cell(width, depth) for width in (4, 8, 16) for depth in (4, 8, 14))
 OTHERS = (Cell(16, 8, segment_tokens=128), Cell(16, 8, num_leaves=64, task="gsm_symbolic"))
 QUICK = (Cell(8, 4, segment_tokens=8, num_leaves=16), Cell(8, 4, segment_tokens=8, num_leaves=16, task="gsm_symbolic"))
 
