@@ -17,10 +17,10 @@ Paths do not end before their budget, so that all arms return the same number of
 depth 8: segments of 128 tokens, whose resubmission costs less; and questions of `gsm_symbolic`, whose answers end by
 themselves, so that paths that ended are branched inside (fallback). There the arms return different tokens.
 
-Last line: one JSON object with, at width 16, depth 8 and 64 leaves, `computed_token_saving` (1 - tokens through the model of
-`tree` / those of `independent`), `speedup_vs_independent` and `speedup_vs_client` (trajectories a second, medians over
-repeats with their range, and the same of CPU time, `_cpu`), `recomputed_at_forks` (tokens of all trees that had KV and
-went through the model again); all cells in `cells`; where trees lose in `losses`.
+Last line: one JSON object with, at width 16, depth 8 and 64 leaves, `computed_token_saving` (1 - tokens through the
+model of `tree` / those of `independent`), `speedup_vs_independent` and `speedup_vs_client` (trajectories a second,
+medians over repeats with their range, and the same of CPU time, `_cpu`), `recomputed_at_forks` (tokens of all trees that
+had KV and went through the model again); all cells in `cells`; where trees lose in `losses`.
 """
 
 from __future__ import annotations
