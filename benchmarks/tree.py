@@ -19,8 +19,8 @@ themselves, so that paths that ended are branched inside (fallback). There the a
 
 Last line: one JSON object with, at width 16, depth 8 and 64 leaves, `computed_token_saving` (1 - tokens through the
 model of `tree` / those of `independent`), `speedup_vs_independent` and `speedup_vs_client` (trajectories a second,
-medians over repeats with their range, and the same of CPU time, `_cpu`), `recomputed_at_forks` (tokens of all trees that
-had KV and went through the model again); all cells in `cells`; where trees lose in `losses`.
+medians over repeats with their range, and the same of CPU time, `_cpu`), `recomputed_at_forks` (tokens of all trees
+that had KV and went through the model again); all cells in `cells`; where trees lose in `losses`.
 """
 
 from __future__ import annotations
