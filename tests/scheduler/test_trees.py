@@ -360,7 +360,6 @@ def ended_path(**changes: Any) -> dict[str, Any]:
         ({"tree": ended_path(sums=[float("nan")])}, "rollout.tree.ended[0].sums"),
         ({"tree": ended_path() | {"sums": [float("inf")]}}, "rollout.tree.sums"),
         ({"group_size": 2, "tree": ended_path()}, "rollout.group_size"),
-        ({"tree": {"spec": {"width": 2, "depth": 2, "segment_tokens": 4}, "seed": 0, "path": 0}}, "rollout.tree.ended"),
     ],
 )
 def test_what_is_wrong_is_answered(make: Make, changes: dict[str, Any], field: str) -> None:
@@ -407,8 +406,6 @@ def test_a_member_that_contradicts_its_tree_is_answered(make: Make) -> None:
     engine.add("other budget", PROMPT, 7, right)
     engine.add("other salt", PROMPT, 8, right, cache_salt="x")
     engine.add("other policy", PROMPT, 8, right | {"kv_policy": "stale"})
-    ended = [{"path": 0, "token_ids": [3], "by_itself": True}]
-    engine.add("ended is there", PROMPT, 8, second | {"tree": {**good["tree"], "path": 1, "ended": ended}})
     engine.add("second", PROMPT, 8, right)
     engine.add("too late", PROMPT, 8, right)
     outputs = [output for _, step in engine.run() for output in step] + engine.drain()
@@ -417,10 +414,28 @@ def test_a_member_that_contradicts_its_tree_is_answered(make: Make) -> None:
         "other spec": "rollout.tree.spec", "no tree": "rollout.tree", "same path": "rollout.tree.path",
         "other seed": "rollout.tree.seed", "other prompt": "prompt", "other budget": "max_tokens",
         "other salt": "cache_salt", "other policy": "rollout.kv_policy",
-        "ended is there": "rollout.tree.ended[0].path", "too late": "rollout.tree",
+        "too late": "rollout.tree",
     }  # fmt: skip
     assert {name: end.stop_reason.partition(":")[0] for name, end in ends.items() if name in fields} == fields
     assert ends.keys() == {*fields, "first", "second"}
+    assert ends["first"].finish_reason is ends["second"].finish_reason is FinishReason.LENGTH
+
+
+def test_paths_are_neither_missing_nor_told_of_twice(make: Make) -> None:
+    engine = make()
+    tree = {"spec": {"width": 3, "depth": 2, "segment_tokens": 4}, "seed": 0, "path": 0}
+    good = {"round": "r", "target_groups": 2, "group": "g", "group_size": 2, "index": 0, "park": "p", "tree": tree}
+    second = good | {"index": 1, "park": "q"}
+    ended = {"path": 0, "token_ids": [3], "by_itself": True}
+    engine.add("first", PROMPT, 8, good)
+    engine.add("ended is there", PROMPT, 8, second | {"tree": tree | {"path": 1, "ended": [ended]}})
+    engine.add("second", PROMPT, 8, second | {"tree": tree | {"path": 1, "ended": [ended | {"path": 2}]}})
+    alone = good | {"group": "h", "group_size": 1, "park": "x"}
+    engine.add("two are missing", PROMPT, 8, alone)
+    outputs = [output for _, step in engine.run() for output in step] + engine.drain()
+    ends = {output.request_id: output for output in outputs if output.finish_reason is not None}
+    assert str(ends["ended is there"].stop_reason).startswith("rollout.tree.ended[0].path")
+    assert str(ends["two are missing"].stop_reason).startswith("rollout.tree.ended: expected paths that")
     assert ends["first"].finish_reason is ends["second"].finish_reason is FinishReason.LENGTH
 
 

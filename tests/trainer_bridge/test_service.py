@@ -728,7 +728,8 @@ def test_a_group_that_is_begun_anew_after_a_crash_is_known_when_others_come_firs
         for member in given.trajectories
     ]
     with (
-        BridgeService(FakeRolloutEngine(memory), config(state=tmp_path), staging=None) as service,
+        # Slow enough that the stream does not use up all prompts before it is cancelled.
+        BridgeService(FakeRolloutEngine(memory, group_s=0.05), config(state=tmp_path), staging=None) as service,
         raw_client(service.address, instance="again") as client,
     ):
         client.start("s2", None, num_groups=2)
