@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -185,17 +185,23 @@ class GroupStore:
 
     def end_member(self, serial: int, index: int, member: Trajectory, num_computed: int) -> None:
         """A member of a carried group ended, or was cut."""
-        self._commit(_MemberEnded(serial, index, pack(member, self._members_of(serial)), num_computed))
+        self._write(lambda: _MemberEnded(serial, index, pack(member, self._members_of(serial)), num_computed))
+        self._set_member(serial, index, member, num_computed)
 
     def branch(self, serial: int, parent: Trajectory, members: Sequence[Trajectory]) -> None:
         """Branches join a carried group; on the disk when it returns.
 
         With what `parent` had then, if it runs: should its tokens be lost, those of its branches are still its own.
         """
-        known = self._members_of(serial)
-        packed = pack(parent, known)
-        known[parent.index] = parent
-        self._commit(_Branched(serial, packed, [pack(member, known) for member in members]), durable=True)
+
+        def record() -> _Record:
+            known = self._members_of(serial)
+            packed = pack(parent, known)
+            known[parent.index] = parent
+            return _Branched(serial, packed, [pack(member, known) for member in members])
+
+        self._write(record, durable=True)
+        self.carried[serial].add_branches(parent, members)
 
     def restart(self, serial: int) -> None:
         """A carried or banked group begins again from its prompt."""
@@ -207,7 +213,8 @@ class GroupStore:
 
     def bank(self, serial: int, members: Sequence[Trajectory], metadata: dict[str, Any] | None = None) -> None:
         """A carried group is complete and accepted; `members` and `metadata` are how the hooks left it."""
-        self._commit(_Banked(serial, pack_members(members), metadata))
+        self._write(lambda: _Banked(serial, pack_members(members), metadata))
+        self._bank(serial, members, metadata)
 
     def begin_round(self) -> int:
         """The next round's number. The last round was received, as its receiver goes on."""
@@ -245,8 +252,13 @@ class GroupStore:
         self._written_at = time.monotonic()
 
     def _commit(self, record: _Record, *, durable: bool = False) -> None:
+        self._write(lambda: record, durable=durable)
+        self._apply(record)
+
+    def _write(self, record: Callable[[], _Record], *, durable: bool = False) -> None:
+        """Put a change into the journal, if there is one, before it is made."""
         if self._journal is not None:
-            self._unwritten.append(_encode(record))
+            self._unwritten.append(_encode(record()))
             if durable or time.monotonic() - self._written_at > _FLUSH_INTERVAL_S:
                 try:
                     self.flush()
@@ -259,7 +271,6 @@ class GroupStore:
                     # Interrupted: whether the file has it is not known. A new process reads what there is.
                     self._journal.close()
                     raise
-        self._apply(record)
 
     def _apply(self, record: _Record) -> None:
         match record:
@@ -268,9 +279,7 @@ class GroupStore:
                 self.totals.cursor = cursor
                 self.totals.num_submitted += len(groups)
             case _MemberEnded(serial, index, member, num_computed):
-                group = self.carried[serial]
-                group.members[index] = unpack(member, self._members_of(serial))
-                group.num_computed[index] = num_computed
+                self._set_member(serial, index, unpack(member, self._members_of(serial)), num_computed)
             case _Branched(serial, parent, members):
                 known = self._members_of(serial)
                 whole = known[parent.index] = unpack(parent, known)
@@ -283,9 +292,7 @@ class GroupStore:
                 self._remove(serial)
                 self.totals.num_filtered += 1
             case _Banked(serial, members, metadata):
-                group = self.carried.pop(serial)
-                group.members, group.metadata = unpack_members(members), metadata
-                self.banked[serial] = group
+                self._bank(serial, unpack_members(members), metadata)
             case _RoundBegan(round_no):
                 self.totals.num_rounds = round_no
                 self.recovered, self._returned = None, {}
@@ -304,6 +311,16 @@ class GroupStore:
                 places[place][group.serial] = group
             case _:
                 raise AssertionError(record)
+
+    def _set_member(self, serial: int, index: int, member: Trajectory, num_computed: int) -> None:
+        group = self.carried[serial]
+        group.members[index] = member
+        group.num_computed[index] = num_computed
+
+    def _bank(self, serial: int, members: Sequence[Trajectory | None], metadata: dict[str, Any] | None) -> None:
+        group = self.carried.pop(serial)
+        group.members, group.metadata = list(members), metadata
+        self.banked[serial] = group
 
     def _members_of(self, serial: int) -> dict[int, Trajectory | None]:
         return dict(enumerate(self.carried[serial].members))

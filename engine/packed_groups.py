@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from longtail.engine.trajectory import Group, GroupFields, Trajectory, TrajectoryFields, VersionSpan
+from longtail.engine.trajectory import Group, GroupFields, Trajectory, TrajectoryFields
+from longtail.engine.trajectory_parts import merged, upto
 
 _ARRAYS = ("output_token_ids", "logprobs", "source_mask", "loss_mask")
 
@@ -71,9 +72,8 @@ def unpack(packed: PackedTrajectory, members: Mapping[int, Trajectory | None]) -
     if parent is None or not 0 < at <= len(parent.output_token_ids):
         raise ValueError(f"trajectory {packed.trajectory_id}: nothing has its first {at} tokens")
     fields |= {name: getattr(parent, name)[:at] + fields[name] for name in _ARRAYS}
-    versions = [*_upto(parent.weight_versions, at), *packed.weight_versions]
-    fields["weight_versions"] = _merged(versions)
-    fields["segments"] = [*_upto(parent.segments, at), *packed.segments]
+    fields["weight_versions"] = merged([*upto(parent.weight_versions, at), *packed.weight_versions])
+    fields["segments"] = [*upto(parent.segments, at), *packed.segments]
     return Trajectory(**fields)
 
 
@@ -92,20 +92,23 @@ def unpack_members(packed: Sequence[PackedTrajectory | None]) -> list[Trajectory
         ValueError: see `unpack`.
 
     """
-    place_of = {one.index: place for place, one in enumerate(packed) if one is not None}
+    indices = {one.index for one in packed if one is not None}
     whole: list[Trajectory | None] = [None] * len(packed)
     children: defaultdict[int, list[tuple[int, PackedTrajectory]]] = defaultdict(list)
     ready: list[tuple[int, PackedTrajectory]] = []
     for place, one in enumerate(packed):
         if one is None:
             continue
-        has_parent = one.num_shared and one.branch is not None and one.branch.of in place_of
-        (children[place_of[one.branch.of]] if has_parent and one.branch else ready).append((place, one))
+        parent = one.branch.of if one.num_shared and one.branch is not None else None
+        if parent is None or parent not in indices:
+            ready.append((place, one))
+        else:
+            children[parent].append((place, one))
     done: dict[int, Trajectory | None] = {}
     while ready:
         place, one = ready.pop()
         whole[place] = done[one.index] = unpack(one, done)
-        ready += children.pop(place, ())
+        ready += children.pop(one.index, ())
     for (_, one), *_ in children.values():
         unpack(one, {})  # They wait for each other: it raises.
     return whole
@@ -132,17 +135,3 @@ def _fields_of(value: TrajectoryFields | GroupFields) -> dict[str, Any]:
     fields = msgspec.structs.asdict(value)
     fields.pop("num_shared", None)
     return fields
-
-
-def _upto(spans: Sequence[Any], end: int) -> list[Any]:
-    return [replace(span, end=min(span.end, end)) for span in spans if span.start < end]
-
-
-def _merged(spans: Sequence[VersionSpan]) -> list[VersionSpan]:
-    """Neighbours of one version are one span."""
-    merged: list[VersionSpan] = []
-    for span in spans:
-        if merged and merged[-1].version == span.version:
-            span = VersionSpan(span.version, merged.pop().start, span.end)
-        merged.append(span)
-    return merged

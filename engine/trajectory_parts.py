@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -22,6 +23,8 @@ from longtail.engine.trajectory import (
 from longtail.scheduler.boundaries import BOUNDARY_STOP_REASON
 from longtail.scheduler.metadata import CUT_STOP_REASON
 
+Span = TypeVar("Span", VersionSpan, Segment)
+
 
 def joined(prior: Trajectory, last: Trajectory) -> Trajectory:
     """`prior` with the segments of `last`, which went on from its tokens.
@@ -29,12 +32,7 @@ def joined(prior: Trajectory, last: Trajectory) -> Trajectory:
     The end is that of `last`, and so are its times; token counts add up.
     """
     offset = len(prior.output_token_ids)
-    versions = list(prior.weight_versions)
-    for span in last.weight_versions:
-        moved = VersionSpan(span.version, span.start + offset, span.end + offset)
-        if versions and versions[-1].version == moved.version:
-            moved = VersionSpan(moved.version, versions.pop().start, moved.end)
-        versions.append(moved)
+    moved = [VersionSpan(span.version, span.start + offset, span.end + offset) for span in last.weight_versions]
     segments = [Segment(start=s.start + offset, end=s.end + offset, kv_versions=s.kv_versions) for s in last.segments]
     counts = {name: getattr(prior.tokens, name) + getattr(last.tokens, name) for name in TokenCounts.__struct_fields__}
     return msgspec.structs.replace(
@@ -43,7 +41,7 @@ def joined(prior: Trajectory, last: Trajectory) -> Trajectory:
         logprobs=prior.logprobs + last.logprobs,
         source_mask=prior.source_mask + last.source_mask,
         loss_mask=prior.loss_mask + last.loss_mask,
-        weight_versions=versions,
+        weight_versions=merged([*prior.weight_versions, *moved]),
         segments=[*prior.segments, *segments],
         branch=prior.branch,
         boundaries=prior.boundaries,
@@ -59,10 +57,8 @@ def branches(parent: Trajectory, at: int, ids: dict[int, str], seeds: Sequence[i
         logprobs=parent.logprobs[:at],
         source_mask=parent.source_mask[:at],
         loss_mask=[],
-        weight_versions=[
-            VersionSpan(s.version, s.start, min(s.end, at)) for s in parent.weight_versions if s.start < at
-        ],
-        segments=[msgspec.structs.replace(s, end=min(s.end, at)) for s in parent.segments if s.start < at],
+        weight_versions=upto(parent.weight_versions, at),
+        segments=upto(parent.segments, at),
         finish_reason="abort",
         stop_reason=CUT_STOP_REASON,
         text=None,
@@ -80,6 +76,20 @@ def branches(parent: Trajectory, at: int, ids: dict[int, str], seeds: Sequence[i
         msgspec.structs.replace(prefix, trajectory_id=trajectory_id, index=index, seed=seed)
         for (index, trajectory_id), seed in zip(ids.items(), seeds, strict=True)
     ]
+
+
+def upto(spans: Sequence[Span], at: int) -> list[Span]:
+    """Spans of output tokens, or what of them lies before `at`."""
+    return [msgspec.structs.replace(span, end=min(span.end, at)) for span in spans if span.start < at]
+
+
+def merged(spans: Sequence[VersionSpan]) -> list[VersionSpan]:
+    """The same spans, neighbours of one version as one."""
+    done: list[VersionSpan] = []
+    for span in spans:
+        start = done.pop().start if done and done[-1].version == span.version else span.start
+        done.append(VersionSpan(span.version, start, span.end))
+    return done
 
 
 def num_computed_before(branch: Trajectory) -> int:
@@ -105,11 +115,6 @@ def going_on(trajectory: Trajectory, version: int, appended: Sequence[int] = ())
     if not appended:
         return cut
     start, count = len(trajectory.output_token_ids), len(appended)
-    versions, last_span = list(trajectory.weight_versions), trajectory.weight_versions[-1]
-    if last_span.version == str(version):
-        versions[-1] = msgspec.structs.replace(last_span, end=start + count)
-    else:
-        versions.append(VersionSpan(str(version), start, start + count))
     zeros = [0] * count
     last = msgspec.structs.replace(trajectory.boundaries[-1], num_appended=count)
     return msgspec.structs.replace(
@@ -118,7 +123,7 @@ def going_on(trajectory: Trajectory, version: int, appended: Sequence[int] = ())
         logprobs=[*trajectory.logprobs, *(0.0 for _ in appended)],
         source_mask=trajectory.source_mask + zeros,
         loss_mask=trajectory.loss_mask + zeros,
-        weight_versions=versions,
+        weight_versions=merged([*trajectory.weight_versions, VersionSpan(str(version), start, start + count)]),
         segments=[*trajectory.segments, Segment(start=start, end=start + count, kv_versions=[])],
         boundaries=[*trajectory.boundaries[:-1], last],
     )

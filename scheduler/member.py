@@ -22,9 +22,9 @@ class Member:
 
     An episode is the time between two losses of its KV. `start` is where the current one began (tokens whose KV was
     there), `None` while it is not in the batch; `frontier` is the longest prefix that ever had KV. `num_renewals`
-    counts how often new weights took its KV. `history` is there if it may be forked. `stop` are stop
-    strings that the front end does not look for, and `stops_at_boxed` is whether a boxed answer ends it. `birth` is how
-    it left another path of its tree.
+    counts how often new weights took its KV. `history` is there if it may be forked. `stop` are stop strings that the
+    front end does not look for; `stops_at_boxed` is whether a boxed answer ends it. `birth` is how it left another path
+    of its tree.
     """
 
     request: Request

@@ -79,9 +79,7 @@ class Tree:
         """The tree that a member is the first of."""
         request, key = member.request, (metadata.round, metadata.group)
         num_kv_tokens = place.spec.num_planned_tokens(request.num_prompt_tokens, request.max_tokens)
-        return Tree(
-            place.spec, place.seed, metadata.kv_policy, request, key, metadata.group_size, num_kv_tokens
-        )  # fmt: skip
+        return Tree(place.spec, place.seed, metadata.kv_policy, request, key, metadata.group_size, num_kv_tokens)
 
     def arrive(self, member: Member, metadata: RolloutMetadata, place: TreePlace) -> None:
         """A checked member is there."""
@@ -147,9 +145,9 @@ def _check_ended(place: TreePlace, request: Request, vocab_size: int, num_left: 
         field = f"{_TREE}.ended[{index}].token_ids"
         if len(one.token_ids) > num_tokens:
             raise InvalidInputError(field, f"at most {num_tokens} tokens, its budget", len(one.token_ids))
-        if one.token_ids and not 0 <= (worst := min(one.token_ids)) <= max(one.token_ids) < vocab_size:
-            worst = worst if worst < 0 else max(one.token_ids)
-            raise InvalidInputError(field, f"integers in [0, {vocab_size})", worst)
+        for token_id in (min(one.token_ids, default=0), max(one.token_ids, default=0)):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidInputError(field, f"integers in [0, {vocab_size})", token_id)
 
 
 def _check_against(tree: Tree, place: TreePlace, metadata: RolloutMetadata, request: Request) -> None:
