@@ -14,8 +14,8 @@ takes its decisions from the same policy as longtail, in its synchronous mode.
 Width 16, depth 8, segments of 32 tokens, 64 leaves, which is two for each slot. Grid: width 4, 8 and 16 by depth 4, 8
 and 14 with 32 leaves, one for each slot: trees are narrow when they begin, and nothing else is there to fill the batch.
 Paths do not end before their budget, so that all arms return the same number of tokens. Other regions, at width 16 and
-depth 8: segments of 128 tokens, whose resubmission costs less; and questions of `gsm_symbolic`, whose answers end by
-themselves, so that paths that ended are branched inside (fallback). There the arms return different tokens.
+depth 8: segments of 16 and of 128 tokens, whose resubmission costs more and less; and questions of `gsm_symbolic`,
+whose answers end by themselves, so that paths that ended are branched inside (fallback). There the arms return different tokens.
 
 Last line: one JSON object with, at width 16, depth 8 and 64 leaves, `computed_token_saving` (1 - tokens through the
 model of `tree` / those of `independent`), `speedup_vs_independent` and `speedup_vs_client` (trajectories a second,
@@ -66,9 +66,13 @@ class Cell:
         return ", ".join(parts + [self.task] * (self.task is not None))
 
 
-MAIN = Cell(16, 8, num_leaves=64, num_repeats=3)
+MAIN = Cell(16, 8, num_leaves=64, num_repeats=5)
 GRID = tuple(Cell(width, depth) for width in (4, 8, 16) for depth in (4, 8, 14))
-OTHERS = (Cell(16, 8, segment_tokens=128), Cell(16, 8, num_leaves=64, task="gsm_symbolic"))
+OTHERS = (
+    Cell(16, 8, segment_tokens=16),
+    Cell(16, 8, segment_tokens=128),
+    Cell(16, 8, num_leaves=64, num_repeats=3, task="gsm_symbolic"),
+)
 QUICK = (Cell(8, 4, segment_tokens=8, num_leaves=16), Cell(8, 4, segment_tokens=8, num_leaves=16, task="gsm_symbolic"))
 
 
