@@ -15,7 +15,8 @@ Width 16, depth 8, segments of 32 tokens, 64 leaves, which is two for each slot.
 and 14 with 32 leaves, one for each slot: trees are narrow when they begin, and nothing else is there to fill the batch.
 Paths do not end before their budget, so that all arms return the same number of tokens. Other regions, at width 16 and
 depth 8: segments of 16 and of 128 tokens, whose resubmission costs more and less; and questions of `gsm_symbolic`,
-whose answers end by themselves, so that paths that ended are branched inside (fallback). There the arms return different tokens.
+whose answers end by themselves, so that paths that ended are branched inside (fallback); there the arms return
+different tokens.
 
 Last line: one JSON object with, at width 16, depth 8 and 64 leaves, `computed_token_saving` (1 - tokens through the
 model of `tree` / those of `independent`), `speedup_vs_independent` and `speedup_vs_client` (trajectories a second,
